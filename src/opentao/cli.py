@@ -1,0 +1,369 @@
+"""The `tao` command. Progress goes to standard error; `--json` prints one JSON object on standard output.
+
+Exit status: 0 done, 1 failed with a one-line reason, 2 bad usage or bad config (file, line, key, what was expected).
+Heavy imports happen inside the commands, so that `tao --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from opentao.config import Config, load_config
+from opentao.errors import ConfigError, DataError, TaoError
+from opentao.progress import Progress
+
+if TYPE_CHECKING:
+    from opentao.session import Session
+
+app = typer.Typer(
+    help="Tune an LLM from prompts alone: make its first try as good as its best of N was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+reward_app = typer.Typer(help="Train and test a reward model on people's choices.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
+
+Returned = TypeVar("Returned")
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config; `tao init` writes one.")]
+RunDir = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run directory; an existing one is resumed.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one config key; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Round = Annotated[int, typer.Option("--round", min=1, help="Which round.")]
+
+
+def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Turn expected failures into one line and the contract's exit status; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Returned:
+        try:
+            return command(*args, **kwargs)
+        except TaoError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped; the same command goes on from here", 1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(f"disk full{f': {error.filename}' if error.filename else ''}; free some space and run it again", 1)
+
+    return wrapped
+
+
+def _fail(message: str, status: int) -> Any:
+    print(f"tao: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def _quiet_libraries() -> None:
+    """transformers draws bars of its own; ours say more."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _emit(value: Any, as_json: bool, text: str | None = None) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    elif text is not None:
+        print(text)
+
+
+@contextmanager
+def _open(config: Path, run: Path, overrides: list[str]) -> Iterator[Session]:
+    from opentao.session import open_session
+
+    _quiet_libraries()
+    with Progress() as progress, open_session(load_config(config, overrides), run, progress) as session:
+        yield session
+
+
+def _finished(summary: dict[str, Any], run: Path, as_json: bool) -> None:
+    from opentao.summary import summary_table
+
+    if as_json:
+        _emit(summary, True)
+        return
+    Console().print(summary_table(summary))
+    print(f"report: {run / 'report.html'}")
+
+
+@app.command()
+@guarded
+def demo(
+    run: RunDir = Path("tao-demo"),
+    seed: Annotated[int, typer.Option(help="Which tickets go where, and what is sampled.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Watch the whole method on a support desk, with the built-in model, in under ten minutes on a laptop."""
+    from opentao.demo import run_demo
+
+    _quiet_libraries()
+    with Progress() as progress:
+        summary = run_demo(run, seed, progress)
+    _finished(summary, run, as_json)
+
+
+@app.command()
+@guarded
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("tao.yaml"),
+) -> None:
+    """Write a commented config to start from."""
+    from opentao.init import write_config
+
+    write_config(path)
+    print(f"{path} written; edit it, then: tao run {path}")
+
+
+@app.command("run")
+@guarded
+def run_command(
+    config: ConfigPath, run: RunDir = Path("tao-run"), overrides: Overrides = [], as_json: AsJson = False  # noqa: B006
+) -> None:
+    """Rounds of generate, score, train and evaluate, then the verdict. Resumes where it stopped."""
+    loaded = load_config(config, overrides)
+    from opentao import loop
+
+    _quiet_libraries()
+    with Progress() as progress:
+        summary = loop.run(loaded, run, progress)
+    _finished(summary, run, as_json)
+
+
+@app.command("import")
+@guarded
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, Parquet or CSV; prompts or request logs.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL of prompts to write.")] = Path("prompts.jsonl"),
+    as_json: AsJson = False,
+) -> None:
+    """Read prompts or request logs, say what was understood, and write them as JSONL."""
+    from opentao.prompts import read_prompts
+
+    reading = read_prompts(source)
+    _write_lines(out, [_prompt_line(p) for p in reading.prompts])
+    aside = out.with_suffix(".set_aside.jsonl")
+    if reading.set_aside:
+        _write_lines(aside, [row.as_dict() for row in reading.set_aside])
+    facts = {"prompts": len(reading.prompts), "set_aside": len(reading.set_aside), "understood": reading.understood}
+    _emit(facts | {"out": str(out)}, as_json, f"{reading.understood}\n{len(reading.prompts)} prompts -> {out}")
+
+
+def _prompt_line(prompt: Any) -> dict[str, Any]:
+    line = {"messages": list(prompt.messages)}
+    return line | ({"tools": list(prompt.tools)} if prompt.tools else {}) | ({"meta": prompt.meta} if prompt.meta else {})
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@app.command()
+@guarded
+def generate(
+    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Sample a round's groups."""
+    with _open(config, run, overrides) as session:
+        from opentao.loop import policy_before, sample_round
+
+        shards = sample_round(session, round_, policy_before(session, round_))
+    _emit({"round": round_, "shards": shards}, as_json, f"{len(shards)} shards in {run}/round-{round_}/groups")
+
+
+@app.command()
+@guarded
+def score(
+    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Score a round's groups; responses are never sampled again."""
+    with _open(config, run, overrides) as session:
+        from opentao.score import score as score_groups
+        from opentao.score import unscored
+
+        groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
+        facts = {
+            "round": round_,
+            "groups": len(groups),
+            "informative": sum(g.informative for g in groups),
+            "unscored": dict(unscored(groups)),
+        }
+    _emit(facts, as_json, f"{facts['groups']} groups scored, {facts['informative']} informative")
+
+
+@app.command()
+@guarded
+def train(
+    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Train on a round's scored groups."""
+    with _open(config, run, overrides) as session:
+        from opentao.loop import policy_before
+        from opentao.score import score as score_groups
+        from opentao.train import train as train_round
+
+        groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
+        policy, facts = train_round(session, round_, policy_before(session, round_), groups)
+    facts |= {"round": round_, "policy": str(policy.path) if policy.path else None, "policy_hash": policy.hash}
+    _emit(facts, as_json, f"{facts['steps']} steps; policy: {facts['policy'] or 'unchanged'}")
+
+
+@app.command()
+@guarded
+def evaluate(
+    config: ConfigPath, run: RunDir = Path("tao-run"),
+    round_: Annotated[int, typer.Option("--round", min=0, help="Which round's policy; 0 is the base.")] = 0,
+    overrides: Overrides = [], as_json: AsJson = False,  # noqa: B006
+) -> None:
+    """Measure a round's policy and the base on the held-out prompts."""
+    with _open(config, run, overrides) as session:
+        from opentao.loop import measure, policy_before
+
+        base = policy_before(session, 1)
+        outcome = measure(session, 0, base, base, against=None, facts=None)
+        if round_:
+            policy = policy_before(session, round_ + 1)
+            outcome = measure(session, round_, policy, base, against=outcome.evaluation, facts=None)
+    first = outcome.numbers["first_try"]
+    _emit(outcome.numbers, as_json, f"first try {first['mean']:.3f} ({first['low']:.3f} to {first['high']:.3f})")
+
+
+def _shards(session: Session, round_: int) -> list[str]:
+    shards = session.run.names(f"round-{round_}/groups/")
+    if not shards:
+        raise DataError(f"{session.run.root}: round {round_} has no groups; run `tao generate` first")
+    return shards
+
+
+@app.command()
+@guarded
+def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]) -> None:
+    """Write report.html again from a run's files."""
+    from opentao.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+@guarded
+def show(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, or a folder of groups inside one.")],
+    limit: Annotated[int, typer.Option(help="How many groups.")] = 5,
+) -> None:
+    """Print groups for a person: prompt, responses ranked by reward, scores."""
+    from opentao.show import show_groups
+    from opentao.store import Run, attach_scores, table_to_groups
+
+    root = next((p for p in (run, *run.resolve().parents) if (p / "manifest.jsonl").exists()), run)
+    inside = "" if root == run else str(run.resolve().relative_to(root.resolve()))
+    with Run(root, read_only=True) as opened:
+        names = [n for n in opened.names(inside) if "/groups/" in n or "/greedy/" in n]
+        if not names:
+            raise DataError(f"{run}: no groups here; expected a run directory that `tao generate` has filled")
+        shown = 0
+        for name in names:
+            groups = table_to_groups(opened.read_table(name))
+            scores = name.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
+            if opened.have(scores):
+                groups = attach_scores(groups, opened.read_table(scores))
+            show_groups(groups, limit - shown, Console())
+            shown += len(groups)
+            if shown >= limit:
+                break
+
+
+@app.command()
+@guarded
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also say what this config will cost.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, cores, memory, GPU, cache, and what a config will cost, from a short measurement."""
+    from opentao.doctor import diagnose, render
+    from opentao.prompts import read_prompts
+
+    loaded: Config | None = load_config(config) if config else None
+    prompts = read_prompts(Path(loaded.prompts.path)).prompts if loaded else ()
+    _quiet_libraries()
+    found = diagnose(loaded, prompts)
+    if as_json:
+        _emit(found, True)
+    else:
+        render(found, Console())
+
+
+@reward_app.command("train")
+@guarded
+def reward_train(
+    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not exist.")],
+    model: Annotated[str, typer.Option("--model", help="Causal LM or sequence classifier to start from.")] = (
+        "smollm2-135m-instruct"
+    ),
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-5,
+    lora_rank: Annotated[int, typer.Option(min=0, help="0 trains all weights.")] = 0,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a reward model on people's choices (Bradley-Terry); writes an ordinary transformers folder."""
+    from opentao.preferences import read_preferences
+    from opentao.reward_model import RewardTraining, train_to_folder
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; name a new folder")
+    found = read_preferences(pairs)
+    _quiet_libraries()
+    settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, seed=seed)
+    with Progress() as progress:
+        if found.set_aside:
+            first = found.set_aside[0]
+            progress.note(f"{len(found.set_aside)} rows set aside, first: line {first['line']}: {first['reason']}")
+        facts = train_to_folder(model, found.rankings, settings, out, progress)
+    _emit(facts | {"set_aside": len(found.set_aside)}, as_json, f"{facts['rankings']} rankings -> {out}")
+
+
+@reward_app.command("eval")
+@guarded
+def reward_eval(
+    model: Annotated[str, typer.Option("--model", help="Reward model: folder or hub name.")],
+    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
+    as_json: AsJson = False,
+) -> None:
+    """How often a reward model agrees with people's choices, beside the longer-answer baseline."""
+    from opentao.preferences import read_preferences
+    from opentao.reward_model import RewardModel, accuracy
+
+    found = read_preferences(pairs)
+    _quiet_libraries()
+    with Progress() as progress:
+        facts = accuracy(RewardModel.load(model), found.rankings, progress)
+    a, b = facts["accuracy"], facts["longer_wins"]
+    text = f"accuracy {a['mean']:.3f} ({a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs); longer wins {b['mean']:.3f}"
+    _emit(facts | {"set_aside": len(found.set_aside)}, as_json, text)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

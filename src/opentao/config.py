@@ -1,0 +1,274 @@
+"""The one configuration tree, read from YAML. Class defaults are the vetted setting; an unknown key is an error.
+
+`load_config` turns every mistake into a `ConfigError` that names file, line, key and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from opentao.errors import ConfigError
+from opentao.types import SamplingPlan, Strategy
+
+Objective = Literal["regress", "distill", "online", "prefer"]
+
+
+class Node(BaseModel):
+    """A piece of the tree: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StrategyConfig(Node):
+    """One way to ask; see `opentao.types.Strategy`."""
+
+    name: str
+    template: str | None = None
+    system: str | None = None
+    examples: list[dict[str, Any]] = []
+    replace: dict[str, str] = {}
+    answer_prefix: str = ""
+
+    @field_validator("template")
+    @classmethod
+    def _has_prompt(cls, value: str | None) -> str | None:
+        if value is not None and "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+    def build(self) -> Strategy:
+        return Strategy(
+            name=self.name,
+            template=self.template,
+            system=self.system,
+            examples=tuple(self.examples),
+            replace=dict(self.replace),
+            answer_prefix=self.answer_prefix,
+        )
+
+
+class PromptsConfig(Node):
+    """Where prompts come from and which are held out."""
+
+    path: str = Field(description="JSONL, Parquet or CSV with `prompt` (text) or `messages` (chat)")
+    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of prompts never trained on, by prompt hash")
+    max_heldout: int = Field(64, ge=2, description="held-out prompts used for evaluation")
+    max_train: int | None = Field(None, ge=1, description="use only this many training prompts")
+    near_duplicate: float = Field(
+        0.8, gt=0, le=1, description="word-shingle similarity from which two prompts are kept on the same side"
+    )
+
+
+class GenerateConfig(Node):
+    """How a round's groups are sampled."""
+
+    group_size: int = Field(8, ge=2, le=1024, description="responses per prompt, N")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = []
+    strategies: list[StrategyConfig] = Field([StrategyConfig(name="plain")], min_length=1)
+    shard_prompts: int = Field(16, ge=1, description="prompts per shard: what a kill can lose")
+    batch_responses: int = Field(128, ge=1, description="responses decoded side by side")
+
+    @field_validator("strategies")
+    @classmethod
+    def _names_differ(cls, value: list[StrategyConfig]) -> list[StrategyConfig]:
+        names = [s.name for s in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"strategy names must differ, got {names}")
+        return value
+
+    def plan(self, seed: int) -> SamplingPlan:
+        return SamplingPlan(
+            group_size=self.group_size,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            stop=tuple(self.stop),
+            strategies=tuple(s.build() for s in self.strategies),
+            seed=seed,
+        )
+
+
+class ScorerConfig(Node):
+    """One scorer: `type` is a built-in name, an entry point of `opentao.scorers`, or `module:function`."""
+
+    type: str
+    name: str | None = Field(None, description="how its scores are called; defaults to the type")
+    weight: float = Field(1.0, description="its share in the reward")
+    args: dict[str, Any] = Field({}, description="passed to the scorer")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.type
+
+
+class LoraConfig(Node):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+
+
+class TrainConfig(Node):
+    """How a round's scored groups become a policy."""
+
+    objective: Objective = "regress"
+    method: Literal["lora", "full"] = "full"
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
+    epochs: int = Field(1, ge=1, description="passes over the round's groups")
+    prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")
+    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    row_tokens: int = Field(2048, ge=1, description="a packed row's most tokens; a memory knob, the gradient stays")
+    save_every_steps: int = Field(50, ge=1, description="steps between checkpoints inside a round")
+    target_n: int = Field(16, ge=2, description="regress, distill: which best-of-n is baked; may exceed group_size")
+    target: Literal["rank", "value"] = Field("rank", description="regress: targets from ranks, or from reward / beta")
+    floor: float = Field(2.0, gt=0, description="regress: the target log-ratio is floored at -floor")
+    beta: float = Field(0.1, gt=0, description="regress with value target, prefer: strength of the KL to the reference")
+    advantage: Literal["group", "loo"] = Field("group", description="online: (r - mean) / std, or leave-one-out")
+    clip: float = Field(0.2, gt=0, description="online: importance weights are clipped to 1 ± clip")
+
+    @property
+    def lr(self) -> float:
+        return self.learning_rate or (2e-4 if self.method == "lora" else 1e-5)
+
+
+class EvaluateConfig(Node):
+    """How held-out prompts are judged."""
+
+    base_group_size: int = Field(16, ge=2, description="responses per prompt for the base's best-of-k curve")
+    group_size: int = Field(4, ge=1, description="responses per prompt for a tuned policy")
+    kl_responses: int = Field(2, ge=1, description="responses per prompt whose KL from the base is measured")
+    bootstrap: int = Field(2000, ge=100, description="resamples of the prompts behind every interval")
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class Config(Node):
+    """Everything a run needs."""
+
+    model: str = Field("smollm2-135m-instruct", description="built-in name, local folder, or hub name")
+    trust_remote_code: bool = False
+    prompts: PromptsConfig
+    scorers: list[ScorerConfig] = Field(min_length=1)
+    audit: ScorerConfig | None = Field(None, description="never trained on; judges the result")
+    rounds: int = Field(2, ge=1)
+    prompts_per_round: int | None = Field(None, ge=1, description="default: the training prompts in equal parts")
+    seed: int = 0
+    generate: GenerateConfig = GenerateConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        labels = [s.label for s in self.scorers]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"scorers: names must differ, got {labels}; give each a `name`")
+        if self.audit and any((s.type, s.args) == (self.audit.type, self.audit.args) for s in self.scorers):
+            raise ValueError("audit: must differ from every training scorer, or it judges what it taught")
+        if self.train.objective == "online":
+            truncated = self.generate.top_p < 1 or self.generate.top_k > 0
+            if truncated or len(self.generate.strategies) > 1 or self.generate.strategies[0].build() != Strategy():
+                raise ValueError(
+                    "train.objective online: importance weights need top_p 1, top_k 0 and only the plain strategy"
+                    " (its samples must come from the policy's own distribution)"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read YAML, apply ``a.b=value`` overrides (values are YAML), validate.
+
+    Raises:
+        ConfigError: file, line, key and what was expected.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), root)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. train.epochs=2")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) and part.isdigit() else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {part} is not a section")
+    parsed = yaml.safe_load(value)
+    if isinstance(node, list):
+        node[int(last)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _explain(error: ValidationError, path: str, root: yaml.Node | None) -> str:
+    """One line for the first mistake, with the number of the others."""
+    first, *rest = error.errors(include_url=False)
+    loc = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; expected one of: {', '.join(_known_keys(loc[:-1]))}"
+    elif first["type"] == "missing":
+        message = "is required"
+    elif "input" in first and not isinstance(first["input"], dict | list):
+        message += f", got {first['input']!r}"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{path}:{_line(root, loc)}: {'.'.join(loc) or 'config'}: {message}{more}"
+
+
+def _line(node: yaml.Node | None, loc: Sequence[str]) -> int:
+    """1-based line of the key at `loc`, or of its nearest parent that is in the file."""
+    line = 1 if node is None else node.start_mark.line + 1
+    for part in loc:
+        children: list[tuple[str, int, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [(k.value, k.start_mark.line, v) for k, v in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            children = [(str(i), v.start_mark.line, v) for i, v in enumerate(node.value)]
+        found = next(((at, child) for name, at, child in children if name == part), None)
+        if found is None:
+            break
+        line, node = found[0] + 1, found[1]
+    return line
+
+
+def _known_keys(loc: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in loc:
+        if part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Config)
+    return list(model.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,237 @@
+"""What a config will cost: tokens, minutes and peak memory, from a short measurement.
+
+An estimate. Tokens are upper bounds (every response as long as `max_new_tokens`); minutes and memory follow from timing
+this model on this machine for a few seconds: training steps, a forward pass, a few decode steps. Left out: scorers that
+are not reward models, and whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opentao.config import Config
+from opentao.errors import DataError
+from opentao.types import Prompt, SamplingPlan
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_TOKENS = 512  # of the forward pass and of the training step
+DECODE_BATCH = 32
+DECODE_STEPS = 4
+SAMPLED_PROMPTS = 200  # tokenised to learn how long prompts are
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Stage:
+    """Work of one stage over the whole run, in tokens: ``Stage(forward=81920, decode=65536)``."""
+
+    forward: int = 0  # computed in parallel, without gradients
+    decode: int = 0  # sampled one after the other
+    train: int = 0  # forward and backward
+    steps: int = 0  # of the optimiser: not tokens
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Probe:
+    """Measured here, now: tokens per second, bytes (None where the system does not tell)."""
+
+    forward: float
+    decode: float  # of DECODE_BATCH responses together
+    train: float
+    step_s: float  # seconds of one optimiser step, beside its tokens
+    loaded_bytes: int | None  # the process with the model in it
+    state_bytes: int  # gradients and optimiser state
+    row_bytes: int | None  # what a training row of PROBE_TOKENS adds
+    cache_bytes: int  # keys and values of one token
+
+    def seconds(self, stage: Stage) -> float:
+        tokens = stage.forward / self.forward + stage.decode / self.decode + stage.train / self.train
+        return tokens + stage.steps * self.step_s
+
+    def peak_bytes(self, config: Config) -> int | None:
+        """The larger of training (activations grow in proportion to the row) and of generating (keys and values)."""
+        if self.loaded_bytes is None or self.row_bytes is None:
+            return None
+        train = self.state_bytes + self.row_bytes * config.train.row_tokens // PROBE_TOKENS
+        generate = self.cache_bytes * config.generate.batch_responses * config.generate.max_new_tokens
+        return self.loaded_bytes + max(train, generate)
+
+
+def split_sizes(config: Config, num_prompts: int) -> tuple[int, int]:
+    """Prompts (held out, trained on in each round), about: the split goes by hash."""
+    share = round(num_prompts * config.prompts.heldout_fraction)
+    train = min(num_prompts - share, config.prompts.max_train or num_prompts)
+    return min(share, config.prompts.max_heldout), min(train, config.prompts_per_round or train // config.rounds)
+
+
+def count_tokens(config: Config, num_prompts: int, prompt_tokens: float) -> dict[str, Stage]:
+    """Most tokens of each stage. `prompt_tokens` is the mean length P of a prompt; R is `max_new_tokens`."""
+    P, R = math.ceil(prompt_tokens), config.generate.max_new_tokens
+    heldout, per_round = split_sizes(config, num_prompts)
+    groups = config.rounds * per_round
+    packed = groups * (P + config.generate.group_size * R)
+    judges = sum(scorer.type == "reward_model" for scorer in config.scorers)
+    return {
+        "generate": Stage(
+            forward=groups * len(config.generate.strategies) * P, decode=groups * config.generate.group_size * R
+        ),
+        "score": Stage(forward=judges * packed),
+        "train": _training(config, per_round, P, R),
+        "evaluate": _evaluation(config, heldout, P, R, judges),
+    }
+
+
+def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
+    """The responses that the objective chooses, of groups without ties; a group over a row is computed once more."""
+    import numpy as np
+
+    from opentao.objectives import OBJECTIVES
+    from opentao.train import num_steps
+
+    objective = OBJECTIVES[config.train.objective]
+    chosen = objective.choose(np.arange(config.generate.group_size, dtype=np.float64), config.train)
+    group = P + len(chosen) * R
+    tokens = config.rounds * per_round * group
+    again = config.train.epochs if group > config.train.row_tokens else 0
+    return Stage(
+        forward=(objective.needs_reference + again) * tokens,
+        train=config.train.epochs * tokens,
+        steps=config.rounds * num_steps(per_round, config.train),
+    )
+
+
+def _evaluation(config: Config, heldout: int, P: int, R: int, judges: int) -> Stage:
+    """The base's curve once; each round a sampled and a greedy first try, and both policies' log-probs for the KL."""
+    e = config.evaluate
+    responses = e.base_group_size + config.rounds * (e.group_size + 1)
+    prefills = 1 + 2 * config.rounds
+    kl = 2 * config.rounds * (P + e.kl_responses * R)
+    return Stage(forward=heldout * (prefills * P + kl + judges * (P + responses * R)), decode=heldout * responses * R)
+
+
+def estimate(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a run of `config` on `prompts` will take, ready for JSON. Loads the model and measures for a few seconds.
+
+    Raises:
+        DataError: there is no prompt.
+        ModelError: the model cannot be had.
+    """
+    if not prompts:
+        raise DataError(f"{config.prompts.path}: no prompt")
+    from opentao.policy import Policy, load_for_training
+
+    policy = Policy.of_base(config.model, trust_remote_code=config.trust_remote_code)
+    loaded = load_for_training(policy, config.train, config.seed)
+    prompt_tokens = mean_prompt_tokens(loaded.tokenizer, prompts)
+    probe = measure(loaded, config, prompts[0])
+    stages = count_tokens(config, len(prompts), prompt_tokens)
+    heldout, per_round = split_sizes(config, len(prompts))
+    return {
+        "prompts": {"total": len(prompts), "heldout": heldout, "per_round": per_round, "mean_tokens": prompt_tokens},
+        "tokens": {name: asdict(stage) for name, stage in stages.items()},
+        "minutes": {name: probe.seconds(stage) / 60 for name, stage in stages.items()},
+        "peak_memory_bytes": probe.peak_bytes(config),
+        "measured": asdict(probe),
+    }
+
+
+def mean_prompt_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> float:
+    """Mean length under the chat template, from an even sample."""
+    from opentao.policy import encode_prompt
+
+    sample = prompts[:: max(1, len(prompts) // SAMPLED_PROMPTS)]
+    return sum(len(encode_prompt(tokenizer, p.messages, p.tools)) for p in sample) / len(sample)
+
+
+def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
+    """Time training steps, a forward pass and a few decode steps of a model that is loaded for training."""
+    import torch
+
+    from opentao.train import autocast
+
+    text = loaded.model.config.get_text_config()
+    tokens = [i % min(text.vocab_size, 1000) for i in range(min(PROBE_TOKENS, text.max_position_embeddings))]
+    loaded_bytes = _memory(peak=False)
+    weights = [p for p in loaded.model.parameters() if p.requires_grad]
+    state_bytes = 3 * sum(p.numel() * p.element_size() for p in weights)
+    train_s, step_s = _training_times(loaded.model, tokens, torch.optim.AdamW(weights, lr=config.train.lr))
+    peak_bytes = _memory(peak=True)
+    row_bytes = None
+    if loaded_bytes is not None and peak_bytes is not None:
+        row_bytes = max(0, peak_bytes - loaded_bytes - state_bytes) * PROBE_TOKENS // len(tokens)
+    ids = torch.tensor([tokens], device=loaded.device)
+    with torch.no_grad(), autocast(loaded.model):
+        forward_s = _timed(lambda: loaded.model(input_ids=ids, logits_to_keep=1, use_cache=False))
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Probe(
+        forward=len(tokens) / forward_s,
+        decode=_decode_speed(loaded, prompt),
+        train=len(tokens) / train_s,
+        step_s=step_s,
+        loaded_bytes=loaded_bytes,
+        state_bytes=state_bytes,
+        row_bytes=row_bytes,
+        cache_bytes=2 * text.num_hidden_layers * heads * width * loaded.model.dtype.itemsize,
+    )
+
+
+def _training_times(model: Any, tokens: list[int], optimiser: torch.optim.Optimizer) -> tuple[float, float]:
+    """Seconds of forward and backward over one packed row, as training does it, and of an optimiser step."""
+    from opentao.pack import Sequences, plan_rows, row_logprobs
+    from opentao.train import autocast
+
+    [row] = plan_rows([Sequences(prompt_P=tuple(tokens[:8]), responses_NR=(tuple(tokens[8:]),))], len(tokens))
+
+    def backward() -> None:
+        with autocast(model):
+            logprobs = row_logprobs(model, row)[0]
+        (-logprobs.mean()).backward()
+
+    for _ in range(2):  # the first time makes the optimiser's state
+        optimiser.zero_grad()
+        times = _timed(backward), _timed(optimiser.step)
+    return times
+
+
+def _decode_speed(loaded: Any, prompt: Prompt) -> float:
+    """Tokens per second of the engine itself; two lengths are compared, so that computing the prompt drops out."""
+    from opentao.engines.group import GroupEngine
+
+    engine = GroupEngine(batch_responses=DECODE_BATCH)
+    model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    engine.loaded = replace(loaded, model=model)  # an adapter stays in its layers
+    plans = [SamplingPlan(group_size=DECODE_BATCH, max_new_tokens=2 + n) for n in (0, DECODE_STEPS)]
+    list(engine.sample([prompt], plans[0]))
+    short_s, long_s = (_timed(lambda plan=plan: list(engine.sample([prompt], plan))) for plan in plans)
+    return DECODE_BATCH * DECODE_STEPS / max(long_s - short_s, 1e-4)
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _memory(*, peak: bool) -> int | None:
+    """Bytes of this process (of the GPU if there is one), now or at most so far; None where nothing tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    name = "VmHWM:" if peak else "VmRSS:"
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)

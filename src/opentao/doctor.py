@@ -1,0 +1,150 @@
+"""`tao doctor`: what is installed, what the machine has, the state of the cache; with a config, what it will cost.
+
+Functions return plain data, ready for `--json`; `render` prints it for people. The cost comes from `cost.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opentao.builtin import BUILT_IN, cache_root, cache_state
+from opentao.config import Config
+from opentao.cost import estimate
+from opentao.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("opentao", "torch", "transformers", "peft", "pyarrow")
+
+
+def diagnose(config: Config | None = None, prompts: Sequence[Prompt] = ()) -> dict[str, Any]:
+    """The `machine` report; with a config, its `estimate` on these prompts under the key "estimate".
+
+    Raises:
+        DataError: a config, but no prompt.
+        ModelError: the config's model cannot be had.
+    """
+    report = machine()
+    return report if config is None else report | {"estimate": estimate(config, prompts)}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose versions matter; "absent" where there is none."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had now, within the container's limit; None where the system does not tell."""
+    known = [n for n in (_meminfo(), _container_limit()) if n is not None]
+    return min(known) if known else None
+
+
+def _meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all there is: the best other systems say
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _container_limit() -> int | None:
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        return limit - int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no container, or "max"
+        return None
+
+
+def gpus() -> list[str]:
+    """Name and memory of each GPU that torch can use."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
+
+
+def machine() -> dict[str, Any]:
+    """Everything about this computer, ready for JSON."""
+    cache = cache_root()
+    there = next((p for p in (cache, *cache.parents) if p.exists()), Path("/"))
+    return {
+        "versions": versions(),
+        "cores": num_cores(),
+        "memory_bytes": available_memory(),
+        "gpus": gpus(),
+        "cache": {"folder": str(cache), "models": {name: cache_state(name, verify=True) for name in BUILT_IN}},
+        "disk_free_bytes": {"cache": shutil.disk_usage(there).free, "here": shutil.disk_usage(Path.cwd()).free},
+    }
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """Print what `diagnose` found."""
+    from rich.table import Table
+
+    table = Table(show_header=False, title="This machine")
+    for name, value in _machine_rows(report):
+        table.add_row(name, value)
+    console.print(table)
+    if cost := report.get("estimate"):
+        _render_cost(cost, report["memory_bytes"], console)
+
+
+def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    free = report["disk_free_bytes"]
+    return [
+        *report["versions"].items(),
+        ("cores", str(report["cores"])),
+        ("memory available", _gigabytes(report["memory_bytes"])),
+        ("GPU", "; ".join(report["gpus"]) or "none: everything runs on the CPU"),
+        ("cache", report["cache"]["folder"]),
+        *((f"  {name}", state) for name, state in report["cache"]["models"].items()),
+        ("disk free", f"cache {_gigabytes(free['cache'])}, here {_gigabytes(free['here'])}"),
+    ]
+
+
+def _render_cost(cost: dict[str, Any], memory: int | None, console: Console) -> None:
+    from rich.table import Table
+
+    p = cost["prompts"]
+    console.print(
+        f"{p['total']} prompts of {p['mean_tokens']:.0f} tokens: about {p['heldout']} held out to judge,"
+        f" {p['per_round']} in each round"
+    )
+    columns = ("stage", "sampled", "computed", "trained", "minutes")
+    console.print("[bold]Estimate[/bold] from a short measurement; upper bound: every response takes max_new_tokens")
+    table = Table(*columns)
+    for name, tokens in cost["tokens"].items():
+        counts = [f"{tokens[kind]:,}" for kind in ("decode", "forward", "train")]
+        table.add_row(name, *counts, f"{cost['minutes'][name]:.1f}")
+    table.add_row("all", "", "", "", f"{sum(cost['minutes'].values()):.1f}", style="bold")
+    console.print(table)
+    peak = cost["peak_memory_bytes"]
+    console.print(f"Estimated peak memory: {_gigabytes(peak)}, of {_gigabytes(memory)} available")
+    if peak is not None and memory is not None and peak > memory:
+        console.print("This will not fit: lower train.row_tokens or generate.batch_responses, or set train.method lora")
+
+
+def _gigabytes(number: int | None) -> str:
+    return "unknown" if number is None else f"{number / 1e9:.1f} GB"

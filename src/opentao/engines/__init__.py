@@ -1,0 +1,1 @@
+"""Engines sample groups. The protocol is `opentao.types.Engine`."""

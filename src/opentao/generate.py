@@ -1,0 +1,50 @@
+"""Generate: prompts in, unscored groups out, one Parquet shard per `shard_prompts` prompts.
+
+A shard is made from its prompts, the policy and the sampling plan, and only from them; one that is there already is
+reused, so a killed run samples nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from opentao.policy import Policy
+from opentao.session import Session, shards
+from opentao.store import groups_to_table
+from opentao.types import Group, Prompt, SamplingPlan, content_hash
+
+
+def generate(
+    session: Session, folder: str, prompts: Sequence[Prompt], policy: Policy, plan: SamplingPlan, label: str
+) -> list[str]:
+    """Sample a group for each prompt into `folder`. Returns the shards' names, in the prompts' order."""
+    run = session.run
+    names = []
+    with session.progress.stage("generate", total=len(prompts), unit="prompts", label=label) as step:
+        for number, batch in enumerate(shards(prompts, _shard_size(session, plan))):
+            name = f"{folder}/{number:05d}.parquet"
+            key = content_hash([p.id for p in batch], policy.hash, asdict(plan))
+            if run.have(name, key):
+                step.reuse(len(batch))
+            else:
+                session.engine.load(policy)
+                groups = []
+                for group in session.engine.sample(batch, plan):
+                    groups.append(group)
+                    step.advance(1, tokens=sum(len(r.tokens_R) for r in group.responses))
+                run.write_table(name, key, groups_to_table(_in_order(batch, groups)))
+            names.append(name)
+    return names
+
+
+def _shard_size(session: Session, plan: SamplingPlan) -> int:
+    """At least one full batch a shard: small groups (greedy) would decode a few rows at a time else."""
+    settings = session.config.generate
+    return max(settings.shard_prompts, settings.batch_responses // plan.group_size)
+
+
+def _in_order(batch: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:
+    """Engines may yield in any order; files do not depend on it."""
+    by_id = {g.prompt.id: g for g in groups}
+    return [by_id[p.id] for p in batch]

@@ -1,0 +1,92 @@
+"""The whole method in one function: rounds of generate → score → train → evaluate, then an honest verdict.
+
+Every stage is a pure function of what it is given and leaves files under the run directory; started again after a kill,
+`run` walks the same path and reuses what is there. The round that does best on held-out prompts is kept; if none beats
+the base beyond doubt, the verdict is "keep base". What it looks like: `tao demo`, `examples/loop_from_scratch.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opentao.config import Config
+from opentao.errors import TrainError
+from opentao.evaluate import Evaluation, evaluate, round_summary
+from opentao.generate import generate
+from opentao.policy import Policy
+from opentao.progress import Progress
+from opentao.report import write_report
+from opentao.score import failures, score, unscored
+from opentao.session import Session, open_session
+from opentao.verdict import write_summary
+from opentao.train import train
+from opentao.types import Engine, content_hash
+
+Facts = dict[str, Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What one round left behind."""
+
+    evaluation: Evaluation
+    numbers: dict[str, Any]  # a ROUND of summary.json
+    unscored: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+def run(config: Config, directory: Path, progress: Progress, engine: Engine | None = None) -> dict[str, Any]:
+    """Tune `config.model` from prompts alone. Returns the content of `summary.json`."""
+    with open_session(config, directory, progress, engine) as session:
+        base = policy = Policy.of_base(config.model, trust_remote_code=config.trust_remote_code)
+        outcomes = [measure(session, 0, base, base, against=None, facts=None)]
+        for round_ in range(1, config.rounds + 1):
+            shards = sample_round(session, round_, policy)
+            groups = score(session, shards, f"round {round_}: score")
+            try:
+                policy, facts = train(session, round_, policy, groups)
+            except TrainError as error:
+                progress.note(f"round {round_}: {error}")
+                return finish(session, outcomes, stopped=str(error))
+            outcome = measure(session, round_, policy, base, against=outcomes[0].evaluation, facts=facts)
+            outcome.unscored += unscored(groups)
+            outcome.failures += failures(groups)
+            outcomes.append(outcome)
+        return finish(session, outcomes)
+
+
+def measure(
+    session: Session, round_: int, policy: Policy, base: Policy, *, against: Evaluation | None, facts: Facts | None
+) -> Outcome:
+    """Evaluate a policy on the held-out prompts and write `round-K/eval.json`."""
+    evaluation = evaluate(session, round_, policy, base)
+    numbers = round_summary(session, evaluation, against or evaluation)
+    numbers |= {"policy": policy.hash, "train": facts} | session.spent()
+    name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key)
+    if session.run.have(name, key):  # resumed: what the stages cost when they really ran
+        earlier = session.run.read_json(name)
+        numbers |= {what: earlier[what] for what in ("seconds", "tokens")}
+    session.run.write_json(name, key, numbers | {"samples": evaluation.samples})
+    return Outcome(
+        evaluation=evaluation,
+        numbers=numbers,
+        unscored=Counter(evaluation.unscored),
+        failures=Counter(evaluation.failures),
+    )
+
+
+def finish(session: Session, outcomes: list[Outcome], stopped: str | None = None) -> dict[str, Any]:
+    """Verdict, `summary.json`, `report.html`."""
+    summary = write_summary(
+        session,
+        [o.numbers for o in outcomes],
+        [o.evaluation.policy for o in outcomes],
+        unscored=sum((o.unscored for o in outcomes), Counter()),
+        failures=sum((o.failures for o in outcomes), Counter()),
+        stopped=stopped,
+    )
+    write_report(session.run.root)
+    return summary

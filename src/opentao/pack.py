@@ -1,0 +1,330 @@
+"""Group packing: one row is ``[prompt | response 1 | … | response N]`` with the prompt computed once.
+
+Position ids go on from the prompt for each response; attention lets a response see the prompt and itself. The head and
+the log-softmax run only at the positions that predict response tokens, in chunks. Several groups share a row; a group
+over the row's limit is split by responses, the prompt repeated. The cost of a group is P + N·R tokens instead of
+N·(P + R). Values and gradients equal the plain layout's (tests/test_pack.py, float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from opentao.errors import ModelError
+
+CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Sequences:
+    """Token ids of one prompt and its responses: ``Sequences(prompt_P=(1, 5), responses_NR=((7, 2), (8,)))``."""
+
+    prompt_P: tuple[int, ...]
+    responses_NR: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_P) + sum(map(len, self.responses_NR))
+
+
+@dataclass(slots=True)
+class Row:
+    """One packed row. `part_T` is 0 on the prompt and i + 1 on the row's i-th response of that group."""
+
+    tokens_T: list[int] = field(default_factory=list)
+    positions_T: list[int] = field(default_factory=list)
+    group_T: list[int] = field(default_factory=list)
+    part_T: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)  # where the prediction of each response token is read
+    targets: list[int] = field(default_factory=list)  # the response tokens
+    owners: list[tuple[int, int]] = field(default_factory=list)  # (group, response) in row order
+    sizes: list[int] = field(default_factory=list)  # tokens of each response in `owners`
+    ends: list[int] = field(default_factory=list)  # where the last token of each response in `owners` stands
+
+    def add(self, group: int, sequences: Sequences, responses: Sequence[int]) -> None:
+        """Append one group's prompt and the chosen responses."""
+        P = len(sequences.prompt_P)
+        start = len(self.tokens_T)
+        self._extend(sequences.prompt_P, 0, group, 0)
+        for part, i in enumerate(responses, 1):
+            tokens = sequences.responses_NR[i]
+            first = len(self.tokens_T)
+            self._extend(tokens, P, group, part)
+            self.sources += [start + P - 1, *range(first, first + len(tokens) - 1)][: len(tokens)]
+            self.targets += tokens
+            self.owners.append((group, i))
+            self.sizes.append(len(tokens))
+            self.ends.append(first + len(tokens) - 1 if tokens else start + P - 1)
+
+    def _extend(self, tokens: Sequence[int], position: int, group: int, part: int) -> None:
+        self.tokens_T += tokens
+        self.positions_T += range(position, position + len(tokens))
+        self.group_T += [group] * len(tokens)
+        self.part_T += [part] * len(tokens)
+
+    def layout(self, device: torch.device) -> list[GroupLayout]:
+        """Where each group's prompt and responses lie in the row."""
+        group, part = torch.tensor(self.group_T), torch.tensor(self.part_T)
+        found = []
+        for g in dict.fromkeys(self.group_T):
+            prompt = ((group == g) & (part == 0)).nonzero()[:, 0]
+            parts = [((group == g) & (part == i)).nonzero()[:, 0] for i in range(1, int(part[group == g].max()) + 1)]
+            found.append(GroupLayout(prompt, parts, device))
+        return found
+
+
+class GroupLayout:
+    """Index tensors of one group in a row: the prompt, and its responses padded to one length.
+
+    Attention is computed apart for the prompt (causal) and for the responses (the prompt and the own tokens), so its
+    cost is P² + N·R·(P + R) and no [T, T] mask exists.
+    """
+
+    def __init__(self, prompt_P: Tensor, responses: list[Tensor], device: torch.device) -> None:
+        responses = [r for r in responses if len(r)]
+        self.prompt_P = prompt_P.to(device)
+        self.responses = bool(responses)
+        if not responses:
+            return
+        padded_NR = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=-1)
+        N, R = padded_NR.shape
+        real = padded_NR >= 0
+        # Padding repeats the row's first token: computed, never read.
+        self.tokens_NR = padded_NR.clamp(min=0).to(device)
+        own = torch.ones(R, R, dtype=torch.bool).tril()
+        self.mask = torch.cat([torch.ones(R, len(prompt_P), dtype=torch.bool), own], 1)[None, None].to(device)
+        flat = real.flatten()
+        self.from_padded = flat.nonzero()[:, 0].to(device)
+        self.to_row = padded_NR.flatten()[flat].to(device)
+
+
+def _packed_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """q [1, H, T, D], k and v [1, Hk, T, D] -> [1, T, H, D]."""
+    out = torch.empty_like(q[0].transpose(0, 1))
+    for layout in kwargs["layouts"]:
+        for index, values in _attend_group(layout, q[0], k[0], v[0], scaling):
+            out = out.index_copy(0, index, values)
+    return out[None], None
+
+
+def _attend_group(
+    layout: GroupLayout, q: Tensor, k: Tensor, v: Tensor, scaling: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (positions in the row, outputs [., H, D]) of one group's prompt and of its responses."""
+    settings = {"scale": scaling, "enable_gqa": q.shape[0] != k.shape[0]}
+    qp, kp, vp = (x[:, layout.prompt_P][None] for x in (q, k, v))
+    prompt = torch.nn.functional.scaled_dot_product_attention(qp, kp, vp, is_causal=True, **settings)
+    yield layout.prompt_P, prompt[0].transpose(0, 1)
+    if not layout.responses:
+        return
+    N, R = layout.tokens_NR.shape
+    qr, kr, vr = (x[:, layout.tokens_NR].transpose(0, 1) for x in (q, k, v))  # [N, H, R, D]
+    keys, values = (torch.cat([p.expand(N, -1, -1, -1), r], 2) for p, r in ((kp, kr), (vp, vr)))
+    mixed = torch.nn.functional.scaled_dot_product_attention(qr, keys, values, attn_mask=layout.mask, **settings)
+    flat = mixed.transpose(1, 2).reshape(N * R, *mixed.shape[1::2])
+    yield layout.to_row, flat[layout.from_padded]
+
+
+PACKED_ATTENTION = "opentao_packed"
+AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+
+
+def plan_rows(groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
+    """Put groups into rows of at most `row_tokens`, in order; a group that is larger is split by responses.
+
+    Raises:
+        ValueError: a prompt and one response alone are longer than a row.
+    """
+    rows: list[Row] = []
+    open_row = Row()
+    for g, sequences in enumerate(groups):
+        for part in _split(sequences, row_tokens):
+            size = len(sequences.prompt_P) + sum(len(sequences.responses_NR[i]) for i in part)
+            if open_row.tokens_T and len(open_row.tokens_T) + size > row_tokens:
+                rows.append(open_row)
+                open_row = Row()
+            open_row.add(g, sequences, part)
+    return [*rows, open_row] if open_row.tokens_T else rows
+
+
+def _split(sequences: Sequences, row_tokens: int) -> Iterator[list[int]]:
+    """Runs of response indices that fit a row together with the prompt."""
+    part: list[int] = []
+    size = len(sequences.prompt_P)
+    for i, response in enumerate(sequences.responses_NR):
+        if len(sequences.prompt_P) + len(response) > row_tokens:
+            raise ValueError(
+                f"a prompt of {len(sequences.prompt_P)} and a response of {len(response)} tokens do not fit"
+                f" row_tokens = {row_tokens}"
+            )
+        if part and size + len(response) > row_tokens:
+            yield part
+            part, size = [], len(sequences.prompt_P)
+        part.append(i)
+        size += len(response)
+    if part:
+        yield part
+
+
+def plain_rows(groups: Sequence[Sequences]) -> list[Row]:
+    """The ordinary layout: one response a row, prompt repeated. For models that cannot share prompts."""
+    rows = []
+    for g, sequences in enumerate(groups):
+        for i in range(len(sequences.responses_NR)):
+            row = Row()
+            row.add(g, sequences, [i])
+            rows.append(row)
+    return rows
+
+
+def rows_for(model: Any, groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
+    """Packed rows if the model's attention allows it, plain rows else."""
+    longest = max((len(s.prompt_P) + max(map(len, s.responses_NR), default=0) for s in groups), default=0)
+    if not shares_prompt(model, max(longest, row_tokens)):
+        return plain_rows(groups)
+    return plan_rows(groups, max(row_tokens, longest))
+
+
+def shares_prompt(model: Any, length: int) -> bool:
+    """True if full causal attention with an explicit mask is all that mixes tokens over `length` positions."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    wide_enough = window is None or window >= length
+    known = layers <= ({"full_attention", "sliding_attention"} if wide_enough else {"full_attention"})
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    recurrent = any(hasattr(config, name) for name in ("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads"))
+    return bool(known and not recurrent and softcap is None and (wide_enough or "layer_types" in config.to_dict()))
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all sequences share.
+
+    >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]])
+    2
+    """
+    length = 0
+    for tokens in zip(*sequences, strict=False):  # the shortest one ends it
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def hidden_states(model: Any, row: Row) -> Tensor:
+    """Final hidden states [T, hidden] of one row, through the decoder without its head.
+
+    A row with one response is plain causal and goes through the model's own attention.
+    """
+    device = next(model.parameters()).device
+    inputs = {
+        "input_ids": torch.tensor(row.tokens_T, device=device)[None],
+        "position_ids": torch.tensor(row.positions_T, device=device)[None],
+        "use_cache": False,
+    }
+    if len(row.owners) == 1:
+        hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
+        return hidden[0]
+    own_attention = model.config._attn_implementation
+    model.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        hidden = decoder_of(model)(**inputs, layouts=row.layout(device)).last_hidden_state
+    finally:
+        model.set_attn_implementation(own_attention)
+    return hidden[0]
+
+
+def decoder_of(model: Any) -> Any:
+    """The stack below the head, with any adapter still in place."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal_lm.base_model
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of hidden states, with the scaling or capping that some families put after the head."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logits: Tensor = causal_lm.get_output_embeddings()(hidden)
+    config = causal_lm.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _chunk_logprobs(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = head_logits(model, hidden).to(dtype) / temperature
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def row_logprobs(model: Any, row: Row, temperature: float = 1.0, chunk: int = CHUNK_TOKENS) -> list[Tensor]:
+    """Log-probs in nats of every response token of a row, one tensor [R] per entry of `row.owners`.
+
+    With gradients on and more than one chunk, chunks are recomputed in the backward pass, so only one chunk of
+    logits is ever alive.
+    """
+    hidden = hidden_states(model, row)
+    device = hidden.device
+    wanted = hidden[torch.tensor(row.sources, device=device, dtype=torch.long)]
+    targets = torch.tensor(row.targets, device=device, dtype=torch.long)
+    recompute = torch.is_grad_enabled() and len(targets) > chunk
+    pieces = []
+    for h, t in zip(wanted.split(chunk), targets.split(chunk), strict=True):
+        if recompute:
+            pieces.append(checkpoint(_chunk_logprobs, model, h, t, temperature, use_reentrant=False))
+        else:
+            pieces.append(_chunk_logprobs(model, h, t, temperature))
+    return list(torch.cat(pieces).split(row.sizes)) if pieces else []
+
+
+@torch.no_grad()
+def group_logprobs(
+    model: Any, groups: Sequence[Sequences], *, row_tokens: int = 2048, temperature: float = 1.0
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Log-probs without gradients: yields (group index, N tensors [R]) in order, as groups are finished."""
+    found: dict[int, dict[int, Tensor]] = {}
+    done = 0
+    for row in rows_for(model, groups, row_tokens):
+        for (g, i), logprobs in zip(row.owners, row_logprobs(model, row, temperature), strict=True):
+            found.setdefault(g, {})[i] = logprobs
+        while done < len(groups) and len(found.get(done, {})) == len(groups[done].responses_NR):
+            yield done, [found[done][i] for i in range(len(groups[done].responses_NR))]
+            found.pop(done, None)
+            done += 1
+
+
+@torch.no_grad()
+def check_packing(model: Any, sequences: Sequences, tolerance: float = 1e-2) -> float:
+    """First-use self-check: packed log-probs against the model's own forward in the plain layout.
+
+    Returns the largest difference in nats.
+
+    Raises:
+        ModelError: it is over `tolerance`.
+    """
+    worst = 0.0
+    device = next(model.parameters()).device
+    [(_, packed)] = group_logprobs(model, [sequences], row_tokens=sequences.num_tokens)
+    for response, logprobs in zip(sequences.responses_NR, packed, strict=True):
+        ids = torch.tensor([*sequences.prompt_P, *response], device=device)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(sequences.prompt_P) - 1 : -1].float()
+        plain = logits.log_softmax(-1).gather(-1, ids[0, len(sequences.prompt_P) :, None])[:, 0]
+        worst = max(worst, float((plain - logprobs).abs().max()))
+    if not worst <= tolerance:
+        raise ModelError(
+            f"{model.config.model_type}: packed and plain log-probs differ by {worst:.3g} nats (allowed {tolerance});"
+            " this architecture cannot be packed, please report it"
+        )
+    return worst

@@ -1,0 +1,145 @@
+"""Policies: which weights answer. A `Policy` names them, `LoadedPolicy` holds them in memory.
+
+A policy is the base model, or a folder of a run: full weights (`model.safetensors`) or a LoRA adapter on the base.
+Its hash is the hash of its weights, so responses and stages can say which policy they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opentao.config import TrainConfig
+from opentao.models import load_causal_lm, load_tokenizer, resolve_model
+from opentao.store import file_hash
+from opentao.types import Message, content_hash
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Policy:
+    """Example: ``Policy(base="smollm2-135m-instruct", path=Path("run/round-1/policy"), kind="lora", hash="9a1b…")``"""
+
+    base: str  # model name as in the config
+    path: Path | None  # folder with this policy's weights; None = the base itself
+    kind: Literal["base", "full", "lora"]
+    hash: str  # 16 hex digits of the weights' hash
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of_base(cls, model: str, *, trust_remote_code: bool = False) -> Policy:
+        """The base model. A hub model's hash is that of its name and revision in the local cache."""
+        where = resolve_model(model)
+        weights = sorted(Path(where).glob("*.safetensors")) if isinstance(where, Path) else []
+        digest = content_hash(str(where) if not weights else [file_hash(w) for w in weights])
+        return cls(base=model, path=None, kind="base", hash=digest, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def of_folder(cls, base: Policy, path: Path) -> Policy:
+        """Weights that a training stage wrote."""
+        adapter = path / "adapter_model.safetensors"
+        weights = [adapter] if adapter.exists() else sorted(path.glob("*.safetensors"))
+        digest = content_hash(base.hash, [file_hash(w) for w in weights])
+        kind: Literal["full", "lora"] = "lora" if adapter.exists() else "full"
+        return cls(base=base.base, path=path, kind=kind, hash=digest, trust_remote_code=base.trust_remote_code)
+
+
+@dataclass(slots=True)
+class LoadedPolicy:
+    """A model with its tokenizer, ready to sample or train."""
+
+    policy: Policy
+    model: Any  # PreTrainedModel or PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The base model as reference policy: for LoRA the same weights with the adapter off."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+    def save(self, path: Path) -> None:
+        """Write safetensors (full model or adapter) and the tokenizer."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 for sampling where the hardware has it; the learner's weights are always fp32."""
+    return torch.bfloat16 if native_bf16(device) else torch.float32
+
+
+def load_policy(policy: Policy, *, merge: bool = True, dtype: torch.dtype | None = None) -> LoadedPolicy:
+    """Load weights and tokenizer. `merge` folds a LoRA adapter into the base for sampling."""
+    device = default_device()
+    where = str(policy.path) if policy.kind == "full" else policy.base
+    dtype = dtype or default_dtype(device)
+    model: Any = load_causal_lm(where, dtype=dtype, trust_remote_code=policy.trust_remote_code)
+    if policy.kind == "lora":
+        model = PeftModel.from_pretrained(model, str(policy.path), is_trainable=not merge)
+        model = model.merge_and_unload() if merge else model
+    tokenizer = load_tokenizer(where, trust_remote_code=policy.trust_remote_code)
+    return LoadedPolicy(policy, model.to(device).eval(), tokenizer)
+
+
+def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedPolicy:
+    """Load weights to train: all of them in fp32, or a LoRA adapter (a fresh one on the base) on all linear layers."""
+    loaded = load_policy(policy, merge=config.method == "full", dtype=torch.float32)
+    if config.method == "lora" and not isinstance(loaded.model, PeftModel):
+        if policy.kind == "full":
+            raise ValueError("a LoRA round cannot continue a fully tuned policy: the adapter's base would be lost")
+        torch.manual_seed(seed)
+        lora = PeftConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear")
+        loaded.model = get_peft_model(loaded.model, lora)
+    for name, parameter in loaded.model.named_parameters():
+        parameter.requires_grad_(config.method == "full" or "lora_" in name)
+    return loaded
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """Token ids of the chat template up to where the answer starts."""
+    ids = tokenizer.apply_chat_template(
+        list(messages), tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+    )
+    return list(ids)
+
+
+def stop_tokens(loaded: LoadedPolicy) -> frozenset[int]:
+    """Ids that end an answer: the tokenizer's and the generation config's end tokens."""
+    stops = {loaded.tokenizer.eos_token_id}
+    configured = loaded.model.generation_config.eos_token_id
+    stops |= set(configured) if isinstance(configured, list) else {configured}
+    return frozenset(s for s in stops if s is not None)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most tokens a sequence may have."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))

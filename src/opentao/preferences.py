@@ -1,0 +1,137 @@
+"""Preferences in: which of several answers to one prompt people chose.
+
+JSONL or Parquet rows with `prompt` (text) or `messages` (chat) and either `chosen` and `rejected` (text, or messages
+whose last turn is the answer), or `responses` with `ranks` (1 = best; equal ranks are ties). A row that cannot be read
+is set aside with file, line and reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from opentao.errors import DataError
+from opentao.types import Message, Prompt
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Ranking:
+    """Answers to one prompt with their ranks: ``Ranking(prompt=…, texts=("good", "bad"), ranks=(1.0, 2.0))``"""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    ranks: tuple[float, ...]  # lower is better
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) indices of every two answers that are not tied."""
+        indices = range(len(self.texts))
+        return [(i, j) for i, j in itertools.permutations(indices, 2) if self.ranks[i] < self.ranks[j]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Preferences:
+    """What a preference file held."""
+
+    rankings: list[Ranking]
+    set_aside: list[dict[str, Any]]  # file, line, reason
+
+
+def read_preferences(path: Path) -> Preferences:
+    """Raises DataError if the file cannot be read or holds no usable row."""
+    rankings: list[Ranking] = []
+    set_aside: list[dict[str, Any]] = []
+    for number, row in _rows(path):
+        try:
+            rankings.append(_ranking(row))
+        except ValueError as error:
+            set_aside.append({"file": str(path), "line": number, "reason": str(error)})
+    if not rankings:
+        first = set_aside[0] if set_aside else {"line": 1, "reason": "the file is empty"}
+        raise DataError(f"{path}:{first['line']}: no usable preference: {first['reason']}")
+    return Preferences(rankings=rankings, set_aside=set_aside)
+
+
+def write_preferences(path: Path, rankings: Sequence[Ranking]) -> None:
+    """One JSON line a ranking, in the `responses` and `ranks` form."""
+    with path.open("w") as file:
+        for r in rankings:
+            row = {"messages": list(r.prompt.messages), "responses": list(r.texts), "ranks": list(r.ranks)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            return
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return error
+
+
+def _ranking(row: Any) -> Ranking:
+    """Raises ValueError with what was expected."""
+    if isinstance(row, ValueError):
+        raise ValueError(f"not valid JSON: {row}")
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    messages = _messages(row)
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        texts = (_answer(row, "chosen"), _answer(row, "rejected"))
+        ranks: tuple[float, ...] = (1.0, 2.0)
+    else:
+        texts, ranks = _ranked(row)
+    ranking = Ranking(prompt=Prompt(messages=tuple(messages)), texts=texts, ranks=ranks)
+    if not ranking.pairs:
+        raise ValueError("all answers have the same rank")
+    if any(texts[i] == texts[j] for i, j in ranking.pairs):
+        raise ValueError("the better and the worse answer are the same text")
+    return ranking
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    if row.get("messages"):
+        messages = row["messages"]
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            raise ValueError("messages: expected a list of {role, content}")
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
+        return [{"role": "user", "content": row["prompt"]}]
+    raise ValueError("expected `prompt` (text) or `messages` (chat)")
+
+
+def _answer(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: expected text, or messages whose last turn is the answer")
+    return value
+
+
+def _ranked(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    texts, ranks = row.get("responses"), row.get("ranks")
+    if not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
+        raise ValueError("expected `chosen` and `rejected`, or `responses` (a list of texts) and `ranks`")
+    if not (isinstance(ranks, list) and all(isinstance(r, int | float) for r in ranks)):
+        raise ValueError("ranks: expected a list of numbers, 1 = best")
+    if len(ranks) != len(texts) or len(texts) < 2:
+        raise ValueError(f"ranks: expected one number for each of at least 2 responses, got {len(ranks)}")
+    return tuple(texts), tuple(float(r) for r in ranks)

@@ -1,0 +1,243 @@
+"""The reward model (DBRM): predicts which of several answers people prefer. Training, scoring, export.
+
+A *guided* reward model asks a question after the answer ("Is this answer good or bad? The answer is") and reads a scalar head that
+starts as the difference of the language-model head's rows for " good" and " bad": it can judge a little before any
+training, so few preferences go far. The question is written into the tokenizer's chat template, hence the saved folder
+is an ordinary `AutoModelForSequenceClassification` that plain transformers scores alike.
+
+All answers to one prompt share one packed row: their longest common token prefix is computed once.
+Loss: Bradley-Terry, mean over a group's pairs of −log σ(s_better − s_worse).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from opentao.bestofn import bootstrap
+from opentao.errors import ModelError
+from opentao.models import load_causal_lm, load_tokenizer, resolve_model
+from opentao.pack import Row, common_prefix, Sequences, hidden_states, rows_for, shares_prompt
+from opentao.policy import default_device
+from opentao.preferences import Ranking
+from opentao.progress import Progress
+from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
+from opentao.types import Message
+
+QUESTION = "Is this answer good or bad?"
+LEAD_IN = "The answer is"
+GOOD, BAD = " good", " bad"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RewardTraining:
+    """Settings of reward-model training; the defaults suit about a hundred rankings (dev/LOG.md)."""
+
+    lr: float = 3e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 1
+    rankings_per_step: int = 4
+    max_tokens: int = 2048  # a longer prompt with its answer is an error
+    lora_rank: int = 0  # 0 = full fine-tuning
+    seed: int = 0
+
+
+class RewardModel:
+    """A sequence classifier with one label, and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        if model.config.num_labels != 1:
+            raise ModelError(f"a reward model has 1 label, this one has {model.config.num_labels}")
+
+    @classmethod
+    def load(cls, name: str, *, trust_remote_code: bool = False) -> RewardModel:
+        """Any Hugging Face sequence-classification model with one label: a folder or a hub name."""
+        where = str(resolve_model(name))
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                where, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name}: not a reward model that can be loaded: {_first_line(error)}") from error
+        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+        return cls(model.to(default_device()).eval(), tokenizer)
+
+    @classmethod
+    def from_causal_lm(cls, name: str, *, trust_remote_code: bool = False) -> RewardModel:
+        """A guided reward model on a causal LM's weights: the head is row(" good") − row(" bad")."""
+        where = str(resolve_model(name))
+        causal = load_causal_lm(where, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+        model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.from_pretrained(where, num_labels=1, trust_remote_code=trust_remote_code), dtype=torch.float32
+        )
+        model.base_model.load_state_dict(causal.base_model.state_dict())
+        head = causal.get_output_embeddings().weight
+        good, bad = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (GOOD, BAD))
+        with torch.no_grad():
+            model.score.weight.copy_((head[good] - head[bad])[None])
+        model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.chat_template = guided_template(tokenizer)
+        return cls(model.to(default_device()).eval(), tokenizer)
+
+    def save(self, path: Path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def encode(self, messages: Sequence[Message], texts: Sequence[str]) -> Sequences:
+        """The conversations as whole token ids, cut after their longest common prefix."""
+        rendered = [
+            self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": t}], tokenize=False)
+            for t in texts
+        ]
+        ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        # Every conversation keeps at least one own token: that is where its score is read.
+        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
+        return Sequences(prompt_P=tuple(ids[0][:shared]), responses_NR=tuple(tuple(i[shared:]) for i in ids))
+
+    def score(self, groups: Sequence[Sequences], row_tokens: int = 2048) -> Iterator[tuple[int, list[float]]]:
+        """Scores without gradients: yields (group index, N scores) in order."""
+        found: dict[int, dict[int, float]] = {}
+        done = 0
+        with torch.no_grad(), autocast(self.model):
+            for row in self.rows(groups, row_tokens):
+                for (g, i), score in zip(row.owners, self.row_scores(row).tolist(), strict=True):
+                    found.setdefault(g, {})[i] = score
+                while done < len(groups) and len(found.get(done, {})) == len(groups[done].responses_NR):
+                    yield done, [found[done][i] for i in range(len(groups[done].responses_NR))]
+                    found.pop(done, None)
+                    done += 1
+
+    def rows(self, groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
+        return rows_for(self.model, groups, row_tokens)
+
+    def row_scores(self, row: Row) -> Tensor:
+        """Scores [len(row.owners)] of one row, with gradients if they are on."""
+        classifier = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if not hasattr(classifier, "score"):
+            return self._plain_score(row)
+        hidden = hidden_states(self.model, row)
+        ends = torch.tensor(row.ends, device=hidden.device)
+        scores: Tensor = classifier.score(hidden[ends])[:, 0]
+        return scores.float() if scores.dtype == torch.bfloat16 else scores
+
+    def _plain_score(self, row: Row) -> Tensor:
+        """Encoders and other classifiers without a `score` head: their own forward, one conversation a row."""
+        ids = torch.tensor(row.tokens_T, device=next(self.model.parameters()).device)[None]
+        logits: Tensor = self.model(input_ids=ids).logits[0]
+        return logits
+
+
+def guided_template(tokenizer: PreTrainedTokenizerBase, question: str = QUESTION) -> str:
+    """The chat template, followed by the question whose answer the head reads at the last token."""
+    return f"{tokenizer.chat_template}{question} {LEAD_IN}"
+
+
+def train_reward_model(
+    reward_model: RewardModel,
+    rankings: Sequence[Ranking],
+    config: RewardTraining,
+    checkpoint: Checkpoint,
+    on_step: Callable[[Metrics], None],
+) -> list[Metrics]:
+    """Bradley-Terry on rankings, all answers to a prompt in one packed row.
+
+    Raises:
+        TrainError: loss or gradient is not finite.
+        ModelError: an answer with its prompt is longer than `max_tokens`.
+    """
+    model = reward_model.model
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        lora = PeftConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
+                          modules_to_save=["score"], task_type="SEQ_CLS")
+        model = reward_model.model = get_peft_model(model, lora)
+    items = [(reward_model.encode(r.prompt.messages, r.texts), r) for r in rankings]
+    longest = max(len(s.prompt_P) + max(map(len, s.responses_NR)) for s, _ in items)
+    if longest > config.max_tokens:
+        raise ModelError(f"a prompt with its answer has {longest} tokens, max_tokens is {config.max_tokens}")
+
+    def step(batch: list[tuple[Sequences, Ranking]]) -> tuple[float, int]:
+        total = 0.0
+        for sequences, ranking in batch:
+            with autocast(model):
+                rows = reward_model.rows([sequences], config.max_tokens)
+                scores = torch.cat([reward_model.row_scores(row) for row in rows])
+            loss = bradley_terry(scores, ranking.pairs) / len(batch)
+            loss.backward()
+            total += float(loss.detach())
+        return total, sum(s.num_tokens for s, _ in batch)
+
+    steps = batches(items, config.epochs, config.rankings_per_step, config.seed)
+    history = optimise(model, steps, step, config, checkpoint, on_step)
+    if config.lora_rank:
+        reward_model.model = model.merge_and_unload()
+    return history
+
+
+def train_to_folder(
+    model: str, rankings: Sequence[Ranking], config: RewardTraining, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train from a causal LM (guided head) or a sequence classifier (its own head) and save; whole or not at all."""
+    classifier = AutoConfig.from_pretrained(str(resolve_model(model))).architectures or [""]
+    starts_as_classifier = "SequenceClassification" in classifier[0]
+    reward_model = RewardModel.load(model) if starts_as_classifier else RewardModel.from_causal_lm(model)
+    total = num_steps(len(rankings), config.epochs, config.rankings_per_step)
+    with progress.stage("reward model", total=total, unit="steps", label="train reward model") as step:
+        history = train_reward_model(
+            reward_model, rankings, config, NO_CHECKPOINT, lambda m: step.advance(1, tokens=m.tokens)
+        )
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    reward_model.save(temporary)
+    temporary.rename(out)
+    return {"rankings": len(rankings), "steps": len(history), "loss_last": history[-1].loss, "out": str(out)}
+
+
+def accuracy(reward_model: RewardModel, rankings: Sequence[Ranking], progress: Progress) -> dict[str, Any]:
+    """Share of pairs in which the preferred answer scores higher (a tie counts half), beside "the longer answer wins".
+
+    Intervals are over prompts, since pairs of one prompt are not independent.
+    """
+    groups = [reward_model.encode(r.prompt.messages, r.texts) for r in rankings]
+    hits, longer = [], []
+    with progress.stage("score", total=len(groups), unit="prompts", label="score preferences") as step:
+        for i, scores in reward_model.score(groups):
+            lengths = [float(len(t)) for t in rankings[i].texts]
+            hits.append(_share_of_wins(scores, rankings[i].pairs))
+            longer.append(_share_of_wins(lengths, rankings[i].pairs))
+            step.advance(1, tokens=groups[i].num_tokens)
+    return {
+        "accuracy": bootstrap(hits).as_dict(),
+        "longer_wins": bootstrap(longer).as_dict(),
+        "prompts": len(rankings),
+        "pairs": sum(len(r.pairs) for r in rankings),
+    }
+
+
+def _share_of_wins(values: Sequence[float], pairs: Sequence[tuple[int, int]]) -> float:
+    wins = [1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0 for i, j in pairs]
+    return sum(wins) / len(wins)
+
+
+def bradley_terry(scores_N: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Mean over (better, worse) pairs of −log σ(s_better − s_worse). Source: Bradley & Terry 1952."""
+    better, worse = (torch.tensor(side, device=scores_N.device) for side in zip(*pairs, strict=True))
+    return -torch.nn.functional.logsigmoid(scores_N[better] - scores_N[worse]).mean()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

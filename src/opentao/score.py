@@ -1,0 +1,49 @@
+"""Score: groups in, scores out, one shard beside each shard of groups and keyed by response id.
+
+Re-scoring never touches responses. A scorer that fails leaves its responses unscored with the reason; a response with
+an unscored part has no reward. The audit's scores stand in the same file and never enter the reward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from opentao.scorers.run import score_group
+from opentao.session import Session
+from opentao.store import attach_scores, scores_to_table, table_to_groups
+from opentao.types import Group, content_hash
+
+
+def score(session: Session, group_shards: Sequence[str], label: str, *, with_audit: bool = False) -> list[Group]:
+    """Score every group of the shards. Returns the scored groups as the files hold them."""
+    run = session.run
+    scorers = [*session.scorers, *([session.audit] if with_audit and session.audit else [])]
+    scored: list[Group] = []
+    loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
+    with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
+        for source, groups in zip(group_shards, loaded, strict=True):
+            name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
+            key = content_hash(run.hash(source), session.scorers_key, with_audit)
+            if run.have(name, key):
+                step.reuse(len(groups))
+            else:
+                done = []
+                for group in groups:
+                    done.append(score_group(group, scorers, session.weights))
+                    step.advance(1, tokens=sum(len(r.tokens_R) for r in group.responses))
+                run.write_table(name, key, scores_to_table(done))
+            scored += attach_scores(groups, run.read_table(name))
+    return scored
+
+
+def unscored(groups: Sequence[Group]) -> Counter[str]:
+    """How many responses each scorer left unscored."""
+    return Counter(
+        name for g in groups for name, scores in g.scores.items() for s in scores if not s.scored
+    )
+
+
+def failures(groups: Sequence[Group]) -> Counter[str]:
+    """How many groups failed, by kind."""
+    return Counter(g.failure.kind for g in groups if g.failure)

@@ -1,0 +1,34 @@
+"""The `reward_model` scorer: any Hugging Face sequence-classification reward model with one label, scored group-packed."""
+
+from __future__ import annotations
+
+import math
+
+from opentao.reward_model import RewardModel
+from opentao.types import Group
+
+
+class RewardModelScorer:
+    """Loads on first use, so that naming a scorer costs nothing.
+
+    Args:
+        model: a folder (such as `tao reward train` writes) or a hub name.
+        squash: use σ(score) in place of the score, so that it lies between 0 and 1 beside other scorers.
+    """
+
+    def __init__(
+        self, *, name: str, model: str, squash: bool = False, row_tokens: int = 2048, trust_remote_code: bool = False
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.squash = squash
+        self.row_tokens = row_tokens
+        self.trust_remote_code = trust_remote_code
+        self._loaded: RewardModel | None = None
+
+    def score(self, group: Group) -> list[float | None]:
+        if self._loaded is None:
+            self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code)
+        sequences = self._loaded.encode(group.prompt.messages, [r.text for r in group.responses])
+        [(_, scores)] = self._loaded.score([sequences], self.row_tokens)
+        return [1 / (1 + math.exp(-s)) if self.squash else s for s in scores]

@@ -1,0 +1,113 @@
+"""Run scorers over a group and combine their numbers into rewards.
+
+What a scorer returns is someone else's data, so each value is checked: a finite number is a score, everything else is
+unscored with a reason, "kind: message":
+
+* ``no_score``: None, or NaN without a reason;
+* ``not_finite``: infinite, or beyond a float;
+* ``not_a_number``: any other object;
+* ``wrong_length``: not one value a response (the whole group is unscored: there is no telling which is whose);
+* an exception's type: the scorer raised (the whole group), or the number's own conversion did.
+
+A scorer that knows why a response has no score returns ``Score(value=NAN, error="kind: message")`` in its place. A
+`Score` that carries an error is unscored whatever its value: a failure with a number on it is still a failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat
+
+from opentao.scorers.plugin import call_plugin, one_line, unscored
+from opentao.types import NAN, Group, Score, Scorer
+
+
+def run_scorer(scorer: Scorer, group: Group) -> tuple[Score, ...]:
+    """One `Score` a response, whatever the scorer does; a failed group's responses carry the group's failure."""
+    num_responses = len(group.responses)
+    if group.failure:
+        return (unscored(group.failure.kind, group.failure.message),) * num_responses
+    if not num_responses:
+        return ()
+    values = call_plugin(lambda: list(scorer.score(group)))  # list() inside: a generator raises only when read
+    if isinstance(values, Score):
+        return (values,) * num_responses
+    if len(values) != num_responses:
+        return (unscored("wrong_length", f"{len(values)} values for {num_responses} responses"),) * num_responses
+    return tuple(to_score(value) for value in values)
+
+
+def to_score(value: Any) -> Score:
+    """Check one value of a scorer.
+
+    >>> to_score(True).value, to_score(None).error
+    (1.0, 'no_score: the scorer returned None')
+    """
+    if isinstance(value, Score):
+        return _checked(value)
+    if value is None:
+        return unscored("no_score", "the scorer returned None")
+    if not isinstance(value, SupportsFloat) or isinstance(value, str | bytes):
+        return unscored("not_a_number", f"the scorer returned {type(value).__name__}")
+    number = call_plugin(float, value)  # numpy, torch and Decimal convert; an array of several numbers raises
+    return _checked(number if isinstance(number, Score) else Score(value=number))
+
+
+def _checked(score: Score) -> Score:
+    if score.error is not None:
+        return Score(value=NAN, error=one_line(str(score.error)) or "unknown: no reason given")
+    if not isinstance(score.value, float):
+        return to_score(score.value)
+    if math.isnan(score.value):
+        return unscored("no_score", "the scorer returned NaN")
+    if math.isinf(score.value):
+        return unscored("not_finite", str(score.value))
+    return score
+
+
+def combine(scores: Mapping[str, Sequence[Score]], weights: Mapping[str, float]) -> list[float]:
+    """The rewards of a group: r_i = Σ_k weight_k · score_ki over the scorers in `weights`.
+
+    A response that any scorer of non-zero weight left unscored has reward NaN: a partial sum would be a hidden 0. So
+    has every response if no weight is non-zero, and a sum beyond a float. Scorers that `weights` does not name (an
+    audit) do not count.
+
+    Raises:
+        ValueError: `weights` names a scorer that has no scores.
+
+    >>> combine({"a": [Score(value=1.0), Score(value=2.0)], "b": [Score(value=4.0), Score(value=NAN)]},
+    ...         {"a": 1.0, "b": 0.5})
+    [3.0, nan]
+    """
+    if missing := [name for name in weights if name not in scores]:
+        raise ValueError(f"weights name {missing}, but the scores are of {list(scores)}")
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    num_responses = len(next(iter(scores.values()), ()))
+    if not counted:
+        return [NAN] * num_responses
+    rows = zip(*(scores[name] for name in counted), strict=True)
+    return [_weighted_sum(row, list(counted.values())) for row in rows]
+
+
+def _weighted_sum(row: Sequence[Score], weights: Sequence[float]) -> float:
+    """Exactly rounded, so that neither the order of the scorers nor the Python version can break or make a tie."""
+    terms = [score.value * weight for score, weight in zip(row, weights, strict=True)]
+    try:
+        total = math.fsum(terms)
+    except (OverflowError, ValueError):  # beyond a float; +inf and -inf among the terms
+        return NAN
+    return total if math.isfinite(total) else NAN
+
+
+def score_group(group: Group, scorers: Sequence[Scorer], weights: Mapping[str, float]) -> Group:
+    """The group with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
+
+    Raises:
+        ValueError: two scorers have one name, or `weights` names none of them.
+    """
+    names = [scorer.name for scorer in scorers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorer names must differ, got {names}")
+    scores = {scorer.name: run_scorer(scorer, group) for scorer in scorers}
+    return group.with_scores(scores, combine(scores, weights))

@@ -1,0 +1,137 @@
+"""What every stage of a run shares: the run directory, the config, prompts, engine and scorers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opentao.config import Config, ScorerConfig, dump_config
+from opentao.errors import StoreError
+from opentao.progress import Progress
+from opentao.prompts import read_prompts, split
+from opentao.scorers.registry import build_scorer
+from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
+from opentao.types import Engine, Prompt, Scorer, content_hash
+
+AUDIT = "audit"  # the audit's label in score files, whatever its own name
+
+
+@dataclass(slots=True)
+class Session:
+    """An open run. Stages take it as their first argument."""
+
+    run: Run
+    config: Config
+    progress: Progress
+    engine: Engine
+    scorers: list[Scorer]
+    audit: Scorer | None
+    train_prompts: list[Prompt]
+    heldout: list[Prompt]
+    scorers_key: str  # hash of all scorers and of the files they name
+    counted: dict[str, dict[str, float]] = field(default_factory=dict)  # what `spent` has reported so far
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {s.label: s.weight for s in self.config.scorers}
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """Seconds and tokens by stage since the last call."""
+        now = {"seconds": dict(self.progress.seconds), "tokens": dict(self.progress.tokens)}
+        before, self.counted = self.counted, now
+        stages = ("generate", "score", "train", "evaluate")
+        return {
+            what: {s: values.get(s, 0) - before.get(what, {}).get(s, 0) for s in stages}
+            for what, values in now.items()
+        }
+
+    def prompts_of_round(self, round_: int) -> list[Prompt]:
+        """Round 1 starts at the first training prompt; rounds go on from there, around the end."""
+        prompts = self.train_prompts
+        size = min(self.config.prompts_per_round or -(-len(prompts) // self.config.rounds), len(prompts))
+        start = (round_ - 1) * size
+        return [prompts[(start + i) % len(prompts)] for i in range(size)]
+
+
+@contextmanager
+def open_session(config: Config, directory: Path, progress: Progress, engine: Engine | None = None) -> Iterator[Session]:
+    """Lock the run directory, import the prompts, build scorers and engine.
+
+    Raises:
+        DataError, ConfigError: bad prompts or scorers.
+        StoreError: the directory is in use, or holds the run of another config.
+    """
+    with Run(directory) as run:
+        _same_config(run, config)
+        train, heldout = _import_prompts(run, config, progress)
+        scorers = [build_scorer(s) for s in config.scorers]
+        audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
+        every = [*config.scorers, *([config.audit] if config.audit else [])]
+        yield Session(
+            run=run,
+            config=config,
+            progress=progress,
+            engine=engine or _default_engine(config),
+            scorers=scorers,
+            audit=audit,
+            train_prompts=train,
+            heldout=heldout,
+            scorers_key=content_hash([_fingerprint(s) for s in every]),
+        )
+
+
+def _default_engine(config: Config) -> Engine:
+    from opentao.engines.group import GroupEngine  # noqa: PLC0415  torch comes only with an engine
+
+    return GroupEngine(batch_responses=config.generate.batch_responses)
+
+
+def _same_config(run: Run, config: Config) -> None:
+    """A run directory belongs to one task: model and prompts may not change under it; other settings remake stages."""
+    text = dump_config(config)
+    path = run.path("config.yaml")
+    identity = content_hash(config.model, config.prompts.model_dump(mode="json"))
+    if run.have("identity.json") and run.read_json("identity.json") != identity:
+        raise StoreError(f"{run.root}: holds a run of another model or other prompts ({path}); use another directory")
+    run.write_json("identity.json", identity, identity)
+    run.commit("config.yaml", content_hash(text), lambda p: _write(p, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _import_prompts(run: Run, config: Config, progress: Progress) -> tuple[list[Prompt], list[Prompt]]:
+    """Read and split once; later starts use what the run directory holds, so the user's file may grow meanwhile."""
+    names = ("prompts/train.parquet", "prompts/heldout.parquet", "set_aside.jsonl", "import.json")
+    if not all(run.have(name) for name in names):
+        with progress.stage("import", total=1, unit="files") as step:
+            reading = read_prompts(Path(config.prompts.path))
+            sides = split(reading.prompts, config.prompts)
+            key = content_hash(file_hash(Path(config.prompts.path)), config.prompts.model_dump(mode="json"))
+            run.write_table(names[0], key, prompts_to_table(sides.train))
+            run.write_table(names[1], key, prompts_to_table(sides.heldout))
+            lines = "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in reading.set_aside)
+            run.commit(names[2], key, lambda p: _write(p, lines))
+            run.write_json(names[3], key, {"understood": reading.understood, "rows": reading.num_rows})
+            step.advance(1)
+        progress.note(reading.understood)
+    return tuple(table_to_prompts(run.read_table(name)) for name in names[:2])  # type: ignore[return-value]
+
+
+def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
+    """The scorer's config; a file or folder that it names counts by its content."""
+    named = {
+        key: file_hash(Path(value))
+        for key, value in sorted(config.args.items())
+        if isinstance(value, str) and len(value) < 4096 and Path(value).exists()
+    }
+    return {"config": config.model_dump(mode="json"), "files": named}
+
+
+def shards(items: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -1,0 +1,290 @@
+"""What a run came to: the shapes of `summary.json` and `round-K/eval.json`, read strictly, and the table on the terminal.
+
+A key that must be there and is not is an error that names file and key. A number may be null (or NaN): there was
+nothing to measure, and it is shown as "–", never as 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from opentao.errors import DataError
+from opentao.progress import duration
+from opentao.show import visible
+
+SHOWN_K = (2, 4, 8, 16)
+STAGES = ("generate", "score", "train", "evaluate")
+MISSING = "–"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class Facts(BaseModel):
+    """Read-only; keys that a later version adds are left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Mean(Facts):
+    """``{"mean": 0.42, "low": 0.35, "high": 0.49, "n": 64}``: over n prompts, with its interval."""
+
+    mean: Number
+    low: Number
+    high: Number
+    n: int
+
+
+NO_MEAN = Mean(mean=None, low=None, high=None, n=0)
+
+
+class Audit(Facts):
+    """The same numbers by the scorer that was never trained on."""
+
+    first_try: Mean
+    greedy: Mean = NO_MEAN
+    best_of: dict[int, Mean]
+    selected_of: dict[int, Mean] = {}  # audit of the response that the reward would pick among k
+
+
+class Training(Facts):
+    steps: int
+    informative: int  # groups with at least two different rewards
+    groups: int
+    loss_first: Number
+    loss_last: Number
+
+
+class Round(Facts):
+    """One policy on the held-out prompts; round 0 is the base."""
+
+    round: int
+    first_try: Mean
+    greedy: Mean = NO_MEAN
+    best_of: dict[int, Mean]
+    audit: Audit | None
+    kl: Mean  # nats from the base, a response
+    length: Mean  # tokens a response
+    baked_fraction: Mean
+    baked_k: int = 8
+    improvement: Mean | None = None
+    audit_improvement: Mean | None = None
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    train: Training | None = None
+
+    @property
+    def name(self) -> str:
+        return "base" if self.round == 0 else f"round {self.round}"
+
+
+class SetAside(Facts):
+    rows: int
+    reasons: dict[str, int]
+
+
+class Prompts(Facts):
+    train: int
+    heldout: int
+
+
+class Baseline(Facts):
+    """Something to compare with, e.g. always answering the majority class."""
+
+    name: str
+    value: Mean
+    on: Literal["audit", "reward"]
+
+
+class Summary(Facts):
+    """A whole run."""
+
+    model: str
+    base: Round
+    rounds: list[Round]
+    verdict: Literal["promote", "keep base"]
+    why: str
+    best_round: int
+    policy: str | None
+    seconds: float
+    set_aside: SetAside
+    scorers: list[str]
+    audit: str | None
+    unscored: dict[str, int]
+    failures: dict[str, int]
+    prompts: Prompts
+    baselines: list[Baseline] = []
+
+    @model_validator(mode="after")
+    def _best_round_exists(self) -> Summary:
+        if self.best_round not in {0, *(r.round for r in self.rounds)}:
+            raise ValueError(f"best_round {self.best_round} is not among the rounds")
+        return self
+
+    @property
+    def shown(self) -> Round | None:
+        """The round that "after" means: the kept one, or the best that was tried; None without rounds."""
+        if self.best_round:
+            return next(r for r in self.rounds if r.round == self.best_round)
+        return max(self.rounds, key=lambda r: -math.inf if r.first_try.mean is None else r.first_try.mean, default=None)
+
+    def stage_totals(self) -> dict[str, tuple[int, float]]:
+        """Tokens and seconds of every stage over all rounds, base included; in the order of the loop."""
+        every = [self.base, *self.rounds]
+        found = dict.fromkeys([*STAGES, *(name for r in every for name in (*r.seconds, *r.tokens))])
+        totals = {s: (sum(r.tokens.get(s, 0) for r in every), sum(r.seconds.get(s, 0.0) for r in every)) for s in found}
+        return {name: total for name, total in totals.items() if any(total)}
+
+
+class Answer(Facts):
+    """One response of a held-out prompt."""
+
+    text: str
+    reward: Number
+    audit: Number
+    finish: str
+
+
+class Sample(Facts):
+    """One held-out prompt with its responses."""
+
+    prompt_id: str
+    prompt: str
+    responses: list[Answer]
+    greedy: Answer | None = None
+
+
+class Evaluation(Facts):
+    """What the report needs of `round-K/eval.json`."""
+
+    samples: list[Sample]
+
+
+Model = TypeVar("Model", bound=Facts)
+
+
+def parse(model: type[Model], value: Any, where: str) -> Model:
+    """Check the shape of `value`.
+
+    Raises:
+        DataError: the file, the key and what was expected.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{where}: {key or 'file'}: {first['msg']}") from error
+
+
+def read(model: type[Model], path: Path) -> Model:
+    """Read one JSON file of a run directory.
+
+    Raises:
+        DataError: it is missing, is not JSON, or lacks a key.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    return parse(model, value, str(path))
+
+
+# ------------------------------------------------------------------------------------------------- numbers in words
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """``0.42``; a minus sign that is as wide as a plus; "–" for nothing measured."""
+    return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None) -> str:
+    return number(value) if value is None or value < 0 else f"+{number(value)}"
+
+
+def interval(mean: Mean | None, digits: int = 2) -> str:
+    """``0.35 to 0.49``; "–" without bounds."""
+    if mean is None or mean.low is None or mean.high is None:
+        return MISSING
+    return f"{number(mean.low, digits)} to {number(mean.high, digits)}"
+
+
+def percent(mean: Mean) -> str:
+    return MISSING if mean.mean is None else f"{number(100 * mean.mean, 0)} %"
+
+
+def percent_interval(mean: Mean) -> str:
+    if mean.low is None or mean.high is None:
+        return MISSING
+    return f"{number(100 * mean.low, 0)} to {number(100 * mean.high, 0)} %"
+
+
+# ------------------------------------------------------------------------------------------------- terminal
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The table at the end of a run; `summary` is what `summary.json` holds.
+
+    Raises:
+        DataError: the key that is missing or has the wrong shape.
+    """
+    run = parse(Summary, summary, "summary")
+    after = run.shown
+    table = Table(title=Text(f"{visible(run.model)}: {run.base.first_try.n} held-out prompts"), title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "reward", "interval", *(("audit", "interval") if run.audit else ()), "baked"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    _base_rows(table, run)
+    for round_ in run.rounds:
+        _add(table, run, f"{round_.name} first try", round_.first_try, round_.audit and round_.audit.first_try, round_)
+    table.caption = Text("\n").join(_caption(run, after))
+    table.caption_justify = "left"
+    return table
+
+
+def _base_rows(table: Table, run: Summary) -> None:
+    """Baselines, the base's first try and what more tries would give; best of k is picked by the reward, its audit follows."""
+    base = run.base
+    for line in run.baselines:
+        on_audit = line.on == "audit"
+        _add(table, run, visible(line.name), NO_MEAN if on_audit else line.value, line.value if on_audit else None)
+    _add(table, run, "base first try", base.first_try, base.audit and base.audit.first_try)
+    ks = [k for k in SHOWN_K if k in base.best_of]
+    for k in ks:
+        picked = base.audit.selected_of.get(k) if base.audit else None
+        _add(table, run, f"base best of {k}", base.best_of[k], picked)
+    table.add_section()
+
+
+def _add(table: Table, run: Summary, name: str, reward: Mean, audit: Mean | None, round_: Round | None = None) -> None:
+    kept = round_ is not None and round_.round == run.best_round
+    cells = [name + (" (kept)" if kept else ""), number(reward.mean), interval(reward)]
+    if run.audit:
+        cells += [number(audit.mean if audit else None), interval(audit)]
+    table.add_row(*cells, percent(round_.baked_fraction) if round_ else "", style="bold" if kept else None)
+
+
+def _caption(run: Summary, after: Round | None) -> list[Text]:
+    """Baked fraction, time and the verdict, each on its line."""
+    lines = []
+    if after is not None:
+        baked = f"{percent(after.baked_fraction)} ({percent_interval(after.baked_fraction)})"
+        lines.append(f"baked fraction of {after.name}, against the base's best of {after.baked_k}: {baked}")
+    stages = [f"{name} {duration(seconds)}" for name, (_, seconds) in run.stage_totals().items()]
+    lines.append(" · ".join([*stages, f"whole run {duration(run.seconds)}"]))
+    verdict = Text(f"{run.verdict}: {visible(run.why)}", style="bold green" if run.verdict == "promote" else "bold")
+    return [*map(Text, lines), verdict]

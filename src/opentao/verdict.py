@@ -1,0 +1,77 @@
+"""The verdict and `summary.json`: all rounds, which policy to keep, and why. A rule, not an impression."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from opentao.policy import Policy
+from opentao.session import Session
+from opentao.types import content_hash
+
+
+def write_summary(
+    session: Session,
+    rounds: Sequence[dict[str, Any]],
+    policies: Sequence[Policy],
+    *,
+    unscored: Counter[str],
+    failures: Counter[str],
+    stopped: str | None,
+) -> dict[str, Any]:
+    """Write and return the summary; `rounds[0]` is the base."""
+    base, *tuned = rounds
+    best, verdict, why = judge(base, tuned)
+    chosen = policies[best]
+    lines = session.run.path("set_aside.jsonl").read_text().splitlines()
+    reasons = Counter(json.loads(line)["reason"].split(" of line ")[0] for line in lines)
+    summary = {
+        "model": session.config.model,
+        "base": base,
+        "rounds": tuned,
+        "verdict": verdict,
+        "why": f"{stopped}. {why}" if stopped else why,
+        "best_round": best,
+        "policy": str(chosen.path.relative_to(session.run.root)) if chosen.path else None,
+        "policy_hash": chosen.hash,
+        "seconds": sum(sum(r["seconds"].values()) for r in rounds),
+        "set_aside": {"rows": len(lines), "reasons": dict(reasons)},
+        "scorers": [s.label for s in session.config.scorers],
+        "audit": session.config.audit.label if session.config.audit else None,
+        "unscored": dict(unscored),
+        "failures": dict(failures),
+        "prompts": {"train": len(session.train_prompts), "heldout": len(session.heldout)},
+        "baselines": [],
+    }
+    session.run.write_json("summary.json", content_hash(summary), summary)
+    return summary
+
+
+def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, str, str]:
+    """(best round, verdict, one sentence why).
+
+    Promote the round with the highest held-out first try if its paired gain over the base is above zero over the whole
+    interval and, where there is an audit, the audit did not fall. The interval is of one round: with many rounds to
+    choose from it is a little too narrow.
+    """
+    rounds = [r for r in tuned if r["first_try"]["mean"] is not None]
+    if not rounds or base["first_try"]["mean"] is None:
+        return 0, "keep base", "No round could be compared with the base."
+    best = max(rounds, key=lambda r: (r["first_try"]["mean"], -r["round"]))
+    gain, audit = best["improvement"], best["audit_improvement"]
+    said = f"round {best['round']}'s first try scores {gain['mean']:+.3f} against the base ({_span(gain)})"
+    if gain["low"] is None or gain["low"] <= 0:
+        return 0, "keep base", f"No round beats the base beyond doubt: {said}."
+    if audit is None or audit["mean"] is None:
+        return best["round"], "promote", f"{said[0].upper()}{said[1:]}."
+    heard = f"the audit moves {audit['mean']:+.3f} ({_span(audit)})"
+    if audit["mean"] < 0:
+        return 0, "keep base", f"The scorers were gamed: {said}, but {heard}."
+    return best["round"], "promote", f"{said[0].upper()}{said[1:]}, and {heard}."
+
+
+def _span(interval: dict[str, Any]) -> str:
+    low, high = (("?" if v is None else f"{v:+.3f}") for v in (interval["low"], interval["high"]))
+    return f"{low} to {high}, n = {interval['n']}"

@@ -1,0 +1,95 @@
+"""Token counts worked out by hand; the measurement runs on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opentao.config import Config
+from opentao.cost import Probe, Stage, count_tokens, estimate, split_sizes
+from opentao.errors import DataError
+from opentao.types import Prompt
+
+
+def config(**changes: Any) -> Config:
+    tree = {
+        "prompts": {"path": "prompts.jsonl", "heldout_fraction": 0.2, "max_heldout": 10},
+        "scorers": [{"type": "length"}],
+        "rounds": 2,
+        "generate": {"group_size": 4, "max_new_tokens": 10},
+        "evaluate": {"base_group_size": 8, "group_size": 2, "kl_responses": 1},
+    }
+    return Config.model_validate(tree | changes)
+
+
+def test_split_sizes() -> None:
+    assert split_sizes(config(), 100) == (10, 40)
+    assert split_sizes(config(prompts_per_round=7), 100) == (10, 7)
+    assert split_sizes(config(prompts_per_round=7), 10) == (2, 7)
+
+
+def test_tokens_by_hand() -> None:
+    """100 prompts of 5 tokens: 10 held out, 40 in each of 2 rounds; 4 responses of 10 tokens."""
+    stages = count_tokens(config(), 100, 5.0)
+    assert stages["generate"] == Stage(forward=80 * 5, decode=80 * 4 * 10)
+    assert stages["score"] == Stage()
+    assert stages["train"] == Stage(forward=80 * 45, train=80 * 45, steps=2 * 10)
+    # Base: 8 responses. Each round: 2 sampled, 1 greedy, prompt computed twice; KL: 2 policies on 1 response.
+    assert stages["evaluate"] == Stage(forward=10 * (5 * 5 + 2 * 2 * 15), decode=10 * (8 + 2 * 3) * 10)
+
+
+def test_a_reward_model_reads_every_group() -> None:
+    stages = count_tokens(config(scorers=[{"type": "reward_model"}]), 100, 5.0)
+    assert stages["score"] == Stage(forward=80 * 45)
+    assert stages["evaluate"].forward == 10 * (5 * 5 + 2 * 2 * 15) + 10 * (5 + 14 * 10)
+
+
+@pytest.mark.parametrize(
+    ("objective", "num_chosen", "reference"), [("regress", 4, 1), ("online", 4, 0), ("prefer", 2, 1), ("distill", 2, 0)]
+)
+def test_training_computes_what_the_objective_chooses(objective: str, num_chosen: int, reference: int) -> None:
+    """distill with target_n 16 and 4 ranks: weights 0.990, 0.010, then under a thousandth."""
+    stage = count_tokens(config(train={"objective": objective, "epochs": 3}), 100, 5.0)["train"]
+    tokens = 80 * (5 + num_chosen * 10)
+    assert stage == Stage(forward=reference * tokens, train=3 * tokens, steps=2 * 3 * 10)
+
+
+def test_a_group_over_a_row_is_computed_once_more() -> None:
+    stage = count_tokens(config(train={"row_tokens": 44, "epochs": 3}), 100, 5.0)["train"]
+    assert stage == Stage(forward=4 * 80 * 45, train=3 * 80 * 45, steps=60)
+
+
+def test_seconds_and_memory_by_hand() -> None:
+    probe = Probe(
+        forward=100.0,
+        decode=10.0,
+        train=20.0,
+        step_s=0.5,
+        loaded_bytes=1000,
+        state_bytes=3000,
+        row_bytes=500,
+        cache_bytes=2,
+    )
+    assert probe.seconds(Stage(forward=200, decode=30, train=40, steps=4)) == 2 + 3 + 2 + 2
+    assert probe.peak_bytes(config(train={"row_tokens": 1024})) == 1000 + 3000 + 2 * 500
+    many = config(generate={"batch_responses": 1000, "max_new_tokens": 10})
+    assert probe.peak_bytes(many) == 1000 + 2 * 1000 * 10
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_measures_the_tiny_model(tiny_model_dir: Path, method: str) -> None:
+    prompts = [Prompt.from_text("My parcel is late.")] * 20
+    cost = estimate(config(model=str(tiny_model_dir), train={"method": method}), prompts)
+    json.dumps(cost, allow_nan=False)
+    assert cost["prompts"] == {"total": 20, "heldout": 4, "per_round": 8, "mean_tokens": pytest.approx(22, abs=10)}
+    assert all(0 < cost["measured"][kind] < 1e9 for kind in ("forward", "decode", "train"))
+    assert cost["measured"]["cache_bytes"] == 2 * 2 * 2 * 8 * 4  # K and V, 2 layers, 2 heads of 8, fp32
+    assert set(cost["minutes"]) == {"generate", "score", "train", "evaluate"}
+
+
+def test_no_prompt() -> None:
+    with pytest.raises(DataError, match=r"prompts\.jsonl: no prompt"):
+        estimate(config(), [])
