@@ -8,7 +8,8 @@ from typing import Any
 
 HOSTILE = (
     '</title></style></script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
-    '<svg onload="document.title=\'owned\'"> {{ 7 * 7 }} "quotes\' &amp; \x1b[2J \u202e<a href="javascript:alert(1)">x</a>'
+    "<svg onload=\"document.title='owned'\"> {{ 7 * 7 }} \"quotes' &amp; "
+    '\x1b[2J \u202e<a href="javascript:alert(1)">x</a>'
     '<meta http-equiv="refresh" content="0;url=https://evil.example/"><base href="https://evil.example/">'
 )
 CATEGORIES = ("billing", "delivery", "account", "returns", "technical", "praise")
@@ -52,9 +53,16 @@ def round_numbers(round_: int, first: float, audit: float, ks: int) -> dict[str,
         "baked_k": 8,
         "improvement": mean(first - 0.14, 0.07) if round_ else None,
         "audit_improvement": mean(audit - 0.21, 0.08) if round_ else None,
-        "tokens": {"generate": 48211 if round_ else 0, "score": 61200, "train": 93410 if round_ else 0, "evaluate": 35880},
+        "tokens": {
+            "generate": 48211 if round_ else 0,
+            "score": 61200,
+            "train": 93410 if round_ else 0,
+            "evaluate": 35880,
+        },
         "seconds": {"generate": 41.0 if round_ else 0, "score": 12.5, "train": 63.2 if round_ else 0, "evaluate": 38.9},
-        "train": {"steps": 8, "informative": 27, "groups": 32, "loss_first": 1.412, "loss_last": 0.683} if round_ else None,
+        "train": {"steps": 8, "informative": 27, "groups": 32, "loss_first": 1.412, "loss_last": 0.683}
+        if round_
+        else None,
     }
 
 
@@ -79,6 +87,7 @@ def summary(rounds: int = 2) -> dict[str, Any]:
         "unscored": {"json_schema": 0, "reward_model": 4},
         "failures": {"prompt_too_long": 1},
         "prompts": {"train": 240, "heldout": 64},
+        "confidence": 0.95,
         "baselines": [{"name": "majority class", "value": mean(0.24, 0.0), "on": "audit"}],
     }
 
@@ -86,7 +95,9 @@ def summary(rounds: int = 2) -> dict[str, Any]:
 def _answer(rng: random.Random, quality: float) -> dict[str, Any]:
     good = rng.random() < quality
     record = {"category": rng.choice(CATEGORIES), "priority": "high", "summary": "The customer waits for a parcel."}
-    text = json.dumps(record, indent=2) if good else "Sure! I am sorry to hear that. Here is the JSON you asked for:\n```"
+    text = (
+        json.dumps(record, indent=2) if good else "Sure! I am sorry to hear that. Here is the JSON you asked for:\n```"
+    )
     reward = round(0.5 + 0.5 * rng.random(), 3) if good else round(0.2 * rng.random(), 3)
     return {"text": text, "reward": reward, "audit": float(good), "finish": "stop" if good else "length"}
 

@@ -16,8 +16,11 @@ from opentao.show import visible
 from opentao.summary import Mean, number
 
 WIDTH, HEIGHT = 520.0, 320.0
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 134.0, 14.0, 46.0
+LEFT, TOP, BOTTOM = 48.0, 14.0, 46.0
+LABELLED, UNLABELLED = 134.0, 12.0  # the right margin, with and without names in it
+INSET = 24.0  # pixels between the plot's edge and the first and last x
 LABEL_GAP = 17.0  # pixels between the baselines of two labels
+LONGEST_LABEL = 20  # characters; names come from the user
 HEADROOM = 0.06  # of the span, above and below the data
 
 
@@ -61,14 +64,19 @@ class Chart:
     levels: Sequence[Level] = ()
 
     @property
+    def named(self) -> bool:
+        return any(s.name for s in self.series) or any(level.name for level in self.levels)
+
+    @property
     def empty(self) -> bool:
         return not any(s.drawn() for s in self.series)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Scale:
-    """Data to pixels."""
+    """Data to pixels. `right` is the right edge of the plot."""
 
+    right: float
     x_low: float
     x_high: float
     y_low: float
@@ -77,7 +85,7 @@ class Scale:
     def x(self, value: float) -> float:
         """A single x stands in the middle."""
         share = (value - self.x_low) / (self.x_high - self.x_low) if self.x_high > self.x_low else 0.5
-        return round(LEFT + 8 + share * (WIDTH - LEFT - RIGHT - 16), 1)
+        return round(LEFT + INSET + share * (self.right - LEFT - 2 * INSET), 1)
 
     def y(self, value: float) -> float:
         return round(HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM), 1)
@@ -119,7 +127,8 @@ def draw(chart: Chart) -> Markup:
         return Markup("")
     marks = ticks(*_y_range(chart))
     xs = [*chart.x_ticks, *(x for s in chart.series for x in s.points)]
-    scale = Scale(x_low=min(xs), x_high=max(xs), y_low=marks[0], y_high=marks[-1])
+    right = WIDTH - (LABELLED if chart.named else UNLABELLED)
+    scale = Scale(right=right, x_low=min(xs), x_high=max(xs), y_low=marks[0], y_high=marks[-1])
     parts = [
         *_axes(chart, scale, marks),
         *(piece for s in chart.series for piece in _interval(s, scale)),
@@ -144,7 +153,7 @@ def _y_range(chart: Chart) -> tuple[float, float]:
 
 
 def _axes(chart: Chart, scale: Scale, marks: list[float]) -> Iterable[Markup]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    right, bottom = scale.right, HEIGHT - BOTTOM
     digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
     digits += round((marks[1] - marks[0]) * 10**digits, 6) % 1 > 0  # a step of 0.25 needs one more
     for mark in marks:
@@ -152,12 +161,13 @@ def _axes(chart: Chart, scale: Scale, marks: list[float]) -> Iterable[Markup]:
         yield Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, y, y)
         yield _text(LEFT - 8, y + 4.5, number(mark, digits), "tick end")
     for x, label in chart.x_ticks.items():
-        yield _text(scale.x(x), bottom + 19, label, "tick middle")
+        yield _text(scale.x(x), bottom + 21, label, "tick middle")
     yield _text((LEFT + right) / 2, HEIGHT - 6, chart.x_label, "tick middle")
 
 
 def _text(x: float, y: float, text: str, css: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>').format(x, y, css, visible(text))
+    short = text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
+    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>').format(x, y, css, visible(short))
 
 
 def _interval(series: Series, scale: Scale) -> Iterable[Markup]:
@@ -184,23 +194,33 @@ def _line(series: Series, scale: Scale) -> Iterable[Markup]:
 
 def _level(level: Level, scale: Scale) -> Iterable[Markup]:
     y, bottom = scale.y(level.y), HEIGHT - BOTTOM
-    end = WIDTH - RIGHT if level.end is None else scale.x(level.end)
+    end = scale.right if level.end is None else scale.x(level.end)
     line = Markup('<line class="level {}" x1="{}" x2="{}" y1="{}" y2="{}"/>')
     yield line.format(level.style, LEFT, end, y, y)
     if level.drop is not None:
         yield line.format(level.style, end, end, y, bottom)
         yield Markup('<circle class="ring {}" cx="{}" cy="{}" r="6"/>').format(level.style, end, y)
-        left_of_it = end > WIDTH - RIGHT - 70
-        yield _text(end + (-9 if left_of_it else 9), bottom - 9, level.drop, f"label {level.style}" + " end" * left_of_it)
+        left_of_it = end > scale.right - 70
+        yield _text(
+            end + (-9 if left_of_it else 9), bottom - 9, level.drop, f"label {level.style}" + " end" * left_of_it
+        )
 
 
 def _labels(chart: Chart, scale: Scale) -> Iterable[Markup]:
-    """Names at the right edge, moved apart where they would touch; a thin line leads back to what was moved."""
-    named = [(s.name, s.style, *s.drawn()[-1]) for s in chart.series if s.name and s.drawn()]
-    right = scale.x_high
-    named += [(level.name, level.style, right, level.y) for level in chart.levels if level.name]
-    wanted = [scale.y(y) for *_, y in named]
-    for (name, style, x, _), y, at in zip(named, wanted, spread(wanted), strict=True):
-        start = max(scale.x(x) + 6, WIDTH - RIGHT + 1)
-        yield Markup('<polyline class="leader" points="{}"/>').format(_points([(start, y), (WIDTH - RIGHT + 11, at)]))
-        yield _text(WIDTH - RIGHT + 15, at + 4.5, name, f"label {style}")
+    """A line that ends early is named at its end, the others at the right edge."""
+    at_edge: list[tuple[str, str, float]] = []
+    for series in chart.series:
+        x, y = series.drawn()[-1] if series.drawn() else (math.nan, math.nan)
+        if series.name and x == scale.x_high > scale.x_low:
+            at_edge.append((series.name, series.style, scale.y(y)))
+        elif series.name and not math.isnan(x):
+            yield _text(scale.x(x) + 9, scale.y(y) - 9, series.name, f"label {series.style}")
+    at_edge += [(level.name, level.style, scale.y(level.y)) for level in chart.levels if level.name]
+    yield from _edge_labels(at_edge, scale.right)
+
+
+def _edge_labels(named: Sequence[tuple[str, str, float]], right: float) -> Iterable[Markup]:
+    """Names moved apart where they would touch; a thin line leads back to what each one names."""
+    for (name, style, y), at in zip(named, spread([y for _, _, y in named]), strict=True):
+        yield Markup('<polyline class="leader" points="{}"/>').format(_points([(right + 1, y), (right + 11, at)]))
+        yield _text(right + 15, at + 4.5, name, f"label {style}")

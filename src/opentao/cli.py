@@ -11,9 +11,10 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -38,10 +39,14 @@ Returned = TypeVar("Returned")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config; `tao init` writes one.")]
 RunDir = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run directory; an existing one is resumed.")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one config key; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one config key; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Round = Annotated[int, typer.Option("--round", min=1, help="Which round.")]
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
@@ -50,17 +55,32 @@ def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Returned:
         try:
-            return command(*args, **kwargs)
+            with _answer_alone(bool(kwargs.get("as_json"))):
+                return command(*args, **kwargs)
         except TaoError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             _fail("stopped; the same command goes on from here", 1)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            where = f": {error.filename}" if error.filename else ""
+            if error.errno in FULL:
+                _fail(f"disk full{where}; free some space and run it again", 1)
+            if error.errno not in NOT_OURS:
                 raise
-            _fail(f"disk full{f': {error.filename}' if error.filename else ''}; free some space and run it again", 1)
+            _fail(f"{error.strerror}{where}", 1)
 
     return wrapped
+
+
+_answer: ContextVar[TextIO] = ContextVar("answer")  # where `--json` prints its object
+
+
+@contextmanager
+def _answer_alone(as_json: bool) -> Iterator[None]:
+    """With `--json` standard output is the answer's alone: what a scorer or a library prints goes to standard error."""
+    _answer.set(sys.stdout)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def _fail(message: str, status: int) -> Any:
@@ -78,17 +98,18 @@ def _quiet_libraries() -> None:
 
 def _emit(value: Any, as_json: bool, text: str | None = None) -> None:
     if as_json:
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=_answer.get())
     elif text is not None:
         print(text)
 
 
 @contextmanager
-def _open(config: Path, run: Path, overrides: list[str]) -> Iterator[Session]:
+def _open(config: Path, run: Path, overrides: list[str] | None) -> Iterator[Session]:
     from opentao.session import open_session
 
+    loaded = load_config(config, overrides or ())
     _quiet_libraries()
-    with Progress() as progress, open_session(load_config(config, overrides), run, progress) as session:
+    with Progress() as progress, open_session(loaded, run, progress) as session:
         yield session
 
 
@@ -133,10 +154,13 @@ def init(
 @app.command("run")
 @guarded
 def run_command(
-    config: ConfigPath, run: RunDir = Path("tao-run"), overrides: Overrides = [], as_json: AsJson = False  # noqa: B006
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rounds of generate, score, train and evaluate, then the verdict. Resumes where it stopped."""
-    loaded = load_config(config, overrides)
+    loaded = load_config(config, overrides or ())
     from opentao import loop
 
     _quiet_libraries()
@@ -166,17 +190,23 @@ def import_command(
 
 def _prompt_line(prompt: Any) -> dict[str, Any]:
     line = {"messages": list(prompt.messages)}
-    return line | ({"tools": list(prompt.tools)} if prompt.tools else {}) | ({"meta": prompt.meta} if prompt.meta else {})
+    return (
+        line | ({"tools": list(prompt.tools)} if prompt.tools else {}) | ({"meta": prompt.meta} if prompt.meta else {})
+    )
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
 
 
 @app.command()
 @guarded
 def generate(
-    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
+    round_: Round = 1,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample a round's groups."""
@@ -190,7 +220,10 @@ def generate(
 @app.command()
 @guarded
 def score(
-    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
+    round_: Round = 1,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a round's groups; responses are never sampled again."""
@@ -211,7 +244,10 @@ def score(
 @app.command()
 @guarded
 def train(
-    config: ConfigPath, run: RunDir = Path("tao-run"), round_: Round = 1, overrides: Overrides = [],  # noqa: B006
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
+    round_: Round = 1,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on a round's scored groups."""
@@ -229,21 +265,27 @@ def train(
 @app.command()
 @guarded
 def evaluate(
-    config: ConfigPath, run: RunDir = Path("tao-run"),
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
     round_: Annotated[int, typer.Option("--round", min=0, help="Which round's policy; 0 is the base.")] = 0,
-    overrides: Overrides = [], as_json: AsJson = False,  # noqa: B006
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a round's policy and the base on the held-out prompts."""
+    from opentao.summary import Mean, interval, number, parse
+
     with _open(config, run, overrides) as session:
         from opentao.loop import measure, policy_before
 
         base = policy_before(session, 1)
         outcome = measure(session, 0, base, base, against=None, facts=None)
         if round_:
+            if not session.run.have(f"round-{round_}/steps.json"):
+                raise DataError(f"{run}: round {round_} is not trained; run `tao train --round {round_}` first")
             policy = policy_before(session, round_ + 1)
             outcome = measure(session, round_, policy, base, against=outcome.evaluation, facts=None)
-    first = outcome.numbers["first_try"]
-    _emit(outcome.numbers, as_json, f"first try {first['mean']:.3f} ({first['low']:.3f} to {first['high']:.3f})")
+    first = parse(Mean, outcome.numbers["first_try"], "first_try")
+    _emit(outcome.numbers, as_json, f"first try {number(first.mean, 3)} ({interval(first, 3)}, n = {first.n})")
 
 
 def _shards(session: Session, round_: int) -> list[str]:
@@ -275,7 +317,8 @@ def show(
     root = next((p for p in (run, *run.resolve().parents) if (p / "manifest.jsonl").exists()), run)
     inside = "" if root == run else str(run.resolve().relative_to(root.resolve()))
     with Run(root, read_only=True) as opened:
-        names = [n for n in opened.names(inside) if "/groups/" in n or "/greedy/" in n]
+        found = opened.names(inside)
+        names = [n for n in found if "/groups/" in n] or [n for n in found if "/greedy/" in n]
         if not names:
             raise DataError(f"{run}: no groups here; expected a run directory that `tao generate` has filled")
         shown = 0
@@ -293,7 +336,9 @@ def show(
 @app.command()
 @guarded
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also say what this config will cost.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also say what this config will cost.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Versions, cores, memory, GPU, cache, and what a config will cost, from a short measurement."""
@@ -357,7 +402,8 @@ def reward_eval(
     with Progress() as progress:
         facts = accuracy(RewardModel.load(model), found.rankings, progress)
     a, b = facts["accuracy"], facts["longer_wins"]
-    text = f"accuracy {a['mean']:.3f} ({a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs); longer wins {b['mean']:.3f}"
+    span = f"{a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs"
+    text = f"accuracy {a['mean']:.3f} ({span}); the longer answer wins {b['mean']:.3f}"
     _emit(facts | {"set_aside": len(found.set_aside)}, as_json, text)
 
 

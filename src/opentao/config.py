@@ -177,7 +177,7 @@ class Config(Node):
             truncated = self.generate.top_p < 1 or self.generate.top_k > 0
             if truncated or len(self.generate.strategies) > 1 or self.generate.strategies[0].build() != Strategy():
                 raise ValueError(
-                    "train.objective online: importance weights need top_p 1, top_k 0 and only the plain strategy"
+                    "train.objective: importance weights of online need top_p 1, top_k 0 and only the plain strategy"
                     " (its samples must come from the policy's own distribution)"
                 )
         return self
@@ -190,16 +190,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: file, line, key and what was expected.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, byte {error.start + 1} is not") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
     for override in overrides:
@@ -210,6 +212,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_explain(error, str(path), root)) from error
 
 
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
@@ -217,14 +223,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() else node.setdefault(part, {})
+        node = node[_item(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {part} is not a section")
-    parsed = yaml.safe_load(value)
-    if isinstance(node, list):
-        node[int(last)] = parsed
-    else:
-        node[last] = parsed
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_yaml_problem(error)}") from error
+    node[_item(node, last, override) if isinstance(node, list) else last] = parsed
+
+
+def _item(items: list[Any], part: str, override: str) -> int:
+    if not (part.isdigit() and int(part) < len(items)):
+        raise ConfigError(f"--set {override}: {part}: expected an item of the list, 0 to {len(items) - 1}")
+    return int(part)
 
 
 def _explain(error: ValidationError, path: str, root: yaml.Node | None) -> str:
@@ -232,6 +244,9 @@ def _explain(error: ValidationError, path: str, root: yaml.Node | None) -> str:
     first, *rest = error.errors(include_url=False)
     loc = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
+    if not loc and ": " in message:  # a check over several keys: its message starts with one of them
+        key, _, message = message.partition(": ")
+        loc = key.split(".")
     if first["type"] == "extra_forbidden":
         message = f"unknown key; expected one of: {', '.join(_known_keys(loc[:-1]))}"
     elif first["type"] == "missing":

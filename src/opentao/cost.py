@@ -92,7 +92,7 @@ def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
     import numpy as np
 
     from opentao.objectives import OBJECTIVES
-    from opentao.train import num_steps
+    from opentao.optimise import num_steps
 
     objective = OBJECTIVES[config.train.objective]
     chosen = objective.choose(np.arange(config.generate.group_size, dtype=np.float64), config.train)
@@ -102,7 +102,7 @@ def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
     return Stage(
         forward=(objective.needs_reference + again) * tokens,
         train=config.train.epochs * tokens,
-        steps=config.rounds * num_steps(per_round, config.train),
+        steps=config.rounds * num_steps(per_round, config.train.epochs, config.train.prompts_per_step),
     )
 
 

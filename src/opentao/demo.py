@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -160,7 +161,9 @@ def collect_preferences(run: Run, config: Config, rows: list[dict[str, str]], se
     """Sample best-of-N groups for the preference tickets and write what people choose to `preferences.jsonl`."""
     base = Policy.of_base(config.model)
     prompts = [_prompt(r) for r in rows]
-    shards = generate(session, "preferences/groups", prompts, base, config.generate.plan(config.seed + 2), "preferences: generate")
+    shards = generate(
+        session, "preferences/groups", prompts, base, config.generate.plan(config.seed + 2), "preferences: generate"
+    )
     schema, audit = build_scorer(config.scorers[0]), build_scorer(config.audit or config.scorers[0])
 
     def judge(group: Group) -> list[int]:
@@ -191,18 +194,21 @@ def train_reward(run: Run, config: Config, pairs: Path, progress: Progress) -> N
 
 def run_demo(directory: Path, seed: int, progress: Progress) -> dict[str, Any]:
     """Run the four steps; started again, it goes on where it stopped. Returns the content of `summary.json`."""
+    started = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     config = config_of(directory, seed)
     rows = write_tickets(directory, config, seed)
     schema_only = config.model_copy(update={"scorers": config.scorers[:1]})
     with open_session(schema_only, directory, progress) as session:
-        base = Policy.of_base(config.model)
-        _say_headroom(evaluate(session, 0, base, base), progress)
+        if not session.run.have("reward"):
+            base = Policy.of_base(config.model)
+            _say_headroom(evaluate(session, 0, base, base), progress)
         pairs = collect_preferences(session.run, config, rows, session)
         train_reward(session.run, config, pairs, progress)
     summary = loop.run(config, directory, progress)
     with Run(directory) as run:
-        summary |= {"baselines": [_majority(run)], "demo": {"seed": seed, "preference_tickets": len(rows)}}
+        facts = {"seed": seed, "preference_tickets": len(rows), "wall_seconds": time.monotonic() - started}
+        summary |= {"baselines": [_majority(run)], "demo": facts}
         run.write_json("summary.json", content_hash(summary), summary)
     write_report(directory)
     return summary

@@ -128,7 +128,10 @@ def _sequence_logprobs(session: Session, policy: Policy, groups: Sequence[Group]
     ]
     loaded = load_policy(policy)
     found = []
-    with autocast(loaded.model), session.progress.stage("evaluate", total=len(groups), unit="groups", label="KL") as step:
+    with (
+        autocast(loaded.model),
+        session.progress.stage("evaluate", total=len(groups), unit="groups", label="KL") as step,
+    ):
         row_tokens, temperature = session.config.train.row_tokens, session.config.generate.temperature
         for i, logprobs in group_logprobs(loaded.model, sequences, row_tokens=row_tokens, temperature=temperature):
             found.append(np.array([float(lp.double().sum()) for lp in logprobs]))

@@ -21,9 +21,9 @@ from opentao.progress import Progress
 from opentao.report import write_report
 from opentao.score import failures, score, unscored
 from opentao.session import Session, open_session
-from opentao.verdict import write_summary
 from opentao.train import train
 from opentao.types import Engine, content_hash
+from opentao.verdict import write_summary
 
 Facts = dict[str, Any]
 
@@ -56,6 +56,22 @@ def run(config: Config, directory: Path, progress: Progress, engine: Engine | No
             outcome.failures += failures(groups)
             outcomes.append(outcome)
         return finish(session, outcomes)
+
+
+def sample_round(session: Session, round_: int, policy: Policy) -> list[str]:
+    """Groups for a round's prompts from the newest policy; every round draws from streams of its own."""
+    plan = session.config.generate.plan(int(content_hash(session.config.seed, round_), 16) % 2**31)
+    prompts = session.prompts_of_round(round_)
+    return generate(session, f"round-{round_}/groups", prompts, policy, plan, f"round {round_}: generate")
+
+
+def policy_before(session: Session, round_: int) -> Policy:
+    """The policy that round `round_` starts from: what the newest earlier round wrote, or the base."""
+    policy = Policy.of_base(session.config.model, trust_remote_code=session.config.trust_remote_code)
+    for earlier in range(1, round_):
+        if session.run.have(name := f"round-{earlier}/policy"):
+            policy = Policy.of_folder(policy, session.run.path(name))
+    return policy
 
 
 def measure(

@@ -18,7 +18,7 @@ from torch import Tensor
 from opentao.bestofn import target_log_ratio, weights
 from opentao.config import TrainConfig
 
-NEGLIGIBLE = 0.01  # distill leaves out responses whose best-of-n weight is below this
+NEGLIGIBLE = 0.01  # distill leaves out responses whose best-of-n weight is below this, and below a tenth of 1/N
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,7 +113,8 @@ def _scored(rewards_N: np.ndarray, config: TrainConfig) -> list[int]:
 
 
 def _weighty(rewards_N: np.ndarray, config: TrainConfig) -> list[int]:
-    return [int(i) for i in np.flatnonzero(np.nan_to_num(weights(rewards_N, config.target_n)) >= NEGLIGIBLE)]
+    least = min(NEGLIGIBLE, 0.1 / len(rewards_N))  # in a large group every weight may be small
+    return [int(i) for i in np.flatnonzero(np.nan_to_num(weights(rewards_N, config.target_n)) >= least)]
 
 
 def _best_and_worst(rewards_N: np.ndarray, config: TrainConfig) -> list[int]:

@@ -120,8 +120,8 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in _trainable(model):
                 parameter.copy_(tensors[f"weight/{name}"])
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                optimiser.state[parameter] = {key: tensors[f"{key}/{name}"].clone() for key in moments}
+                state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimiser.state[parameter] = state | {"step": tensors[f"step/{name}"]}  # AdamW counts on the CPU
         return [Metrics(**m) for m in json.loads((folder / "metrics.json").read_text())]
 
     def save(self, model: Any, optimiser: torch.optim.Optimizer, history: Sequence[Metrics]) -> None:

@@ -1,8 +1,8 @@
 """Group packing: one row is ``[prompt | response 1 | … | response N]`` with the prompt computed once.
 
 Position ids go on from the prompt for each response; attention lets a response see the prompt and itself. The head and
-the log-softmax run only at the positions that predict response tokens, in chunks. Several groups share a row; a group
-over the row's limit is split by responses, the prompt repeated. The cost of a group is P + N·R tokens instead of
+the log-softmax run only at the positions that predict response tokens, in chunks. Several groups share a row, and
+what all their prompts start with (an instruction, examples) stands in it once; a group over the row's limit is split by responses, the prompt repeated. The cost of a group is P + N·R tokens instead of
 N·(P + R). Values and gradients equal the plain layout's (tests/test_pack.py, float64).
 """
 
@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 
 from opentao.errors import ModelError
 
+PREFIX = -1  # `group_T` of tokens that all prompts of a row start with
+MIN_PREFIX = 16  # tokens from which a common start of prompts is computed once for the row
 CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
 
 
@@ -48,90 +50,101 @@ class Row:
     sizes: list[int] = field(default_factory=list)  # tokens of each response in `owners`
     ends: list[int] = field(default_factory=list)  # where the last token of each response in `owners` stands
 
-    def add(self, group: int, sequences: Sequences, responses: Sequence[int]) -> None:
-        """Append one group's prompt and the chosen responses."""
+    def add(self, group: int, sequences: Sequences, responses: Sequence[int], shared: int = 0) -> None:
+        """Append one group's prompt, less the `shared` tokens in front of the row, and the chosen responses."""
         P = len(sequences.prompt_P)
-        start = len(self.tokens_T)
-        self._extend(sequences.prompt_P, 0, group, 0)
+        self.extend(sequences.prompt_P[shared:], shared, group, 0)
+        before = len(self.tokens_T) - 1  # the prompt's last token
         for part, i in enumerate(responses, 1):
             tokens = sequences.responses_NR[i]
             first = len(self.tokens_T)
-            self._extend(tokens, P, group, part)
-            self.sources += [start + P - 1, *range(first, first + len(tokens) - 1)][: len(tokens)]
+            self.extend(tokens, P, group, part)
+            self.sources += [before, *range(first, first + len(tokens) - 1)][: len(tokens)]
             self.targets += tokens
             self.owners.append((group, i))
             self.sizes.append(len(tokens))
-            self.ends.append(first + len(tokens) - 1 if tokens else start + P - 1)
+            self.ends.append(first + len(tokens) - 1 if tokens else before)
 
-    def _extend(self, tokens: Sequence[int], position: int, group: int, part: int) -> None:
+    def extend(self, tokens: Sequence[int], position: int, group: int, part: int) -> None:
         self.tokens_T += tokens
         self.positions_T += range(position, position + len(tokens))
         self.group_T += [group] * len(tokens)
         self.part_T += [part] * len(tokens)
 
-    def layout(self, device: torch.device) -> list[GroupLayout]:
-        """Where each group's prompt and responses lie in the row."""
+    def layout(self, device: torch.device) -> RowLayout:
+        """Where the shared prefix and each group's prompt and responses lie in the row."""
         group, part = torch.tensor(self.group_T), torch.tensor(self.part_T)
-        found = []
-        for g in dict.fromkeys(self.group_T):
+        prefix = (group == PREFIX).nonzero()[:, 0]
+        layouts = [SegmentLayout(prefix[:0], prefix, [], device)] if len(prefix) else []
+        for g in dict.fromkeys(g for g in self.group_T if g != PREFIX):
             prompt = ((group == g) & (part == 0)).nonzero()[:, 0]
             parts = [((group == g) & (part == i)).nonzero()[:, 0] for i in range(1, int(part[group == g].max()) + 1)]
-            found.append(GroupLayout(prompt, parts, device))
-        return found
+            layouts.append(SegmentLayout(prefix, prompt, parts, device))
+        return RowLayout(layouts, torch.argsort(torch.cat([layout.covered for layout in layouts])).to(device))
 
 
-class GroupLayout:
-    """Index tensors of one group in a row: the prompt, and its responses padded to one length.
+@dataclass(slots=True, frozen=True)
+class RowLayout:
+    """The segments of a row, and the order that puts their outputs back into the row."""
 
-    Attention is computed apart for the prompt (causal) and for the responses (the prompt and the own tokens), so its
-    cost is P² + N·R·(P + R) and no [T, T] mask exists.
+    segments: list[SegmentLayout]
+    order_T: Tensor
+
+
+class SegmentLayout:
+    """Index tensors of one group in a row: the prefix before it, its prompt, and its responses padded to one length.
+
+    Attention is computed apart for the prompt (over prefix and prompt) and for the responses (over prefix, prompt and
+    the own tokens), so its cost is about P² + N·R·(P + R) and no [T, T] mask exists.
     """
 
-    def __init__(self, prompt_P: Tensor, responses: list[Tensor], device: torch.device) -> None:
+    def __init__(self, prefix_C: Tensor, prompt_P: Tensor, responses: list[Tensor], device: torch.device) -> None:
         responses = [r for r in responses if len(r)]
+        C, P = len(prefix_C), len(prompt_P)
         self.prompt_P = prompt_P.to(device)
-        self.responses = bool(responses)
+        self.context = torch.cat([prefix_C, prompt_P]).to(device)
+        seen = torch.cat([torch.ones(P, C, dtype=torch.bool), torch.ones(P, P, dtype=torch.bool).tril()], 1)
+        self.prompt_mask = seen[None, None].to(device) if C else None  # None: plain causal
+        self.covered = torch.cat([prompt_P, *responses])
+        self.has_responses = bool(responses)
         if not responses:
             return
         padded_NR = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=-1)
-        N, R = padded_NR.shape
-        real = padded_NR >= 0
+        R = padded_NR.shape[1]
         # Padding repeats the row's first token: computed, never read.
         self.tokens_NR = padded_NR.clamp(min=0).to(device)
         own = torch.ones(R, R, dtype=torch.bool).tril()
-        self.mask = torch.cat([torch.ones(R, len(prompt_P), dtype=torch.bool), own], 1)[None, None].to(device)
-        flat = real.flatten()
-        self.from_padded = flat.nonzero()[:, 0].to(device)
-        self.to_row = padded_NR.flatten()[flat].to(device)
+        self.mask = torch.cat([torch.ones(R, C + P, dtype=torch.bool), own], 1)[None, None].to(device)
+        self.from_padded = (padded_NR >= 0).flatten().nonzero()[:, 0].to(device)
 
 
 def _packed_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """q [1, H, T, D], k and v [1, Hk, T, D] -> [1, T, H, D]."""
-    out = torch.empty_like(q[0].transpose(0, 1))
-    for layout in kwargs["layouts"]:
-        for index, values in _attend_group(layout, q[0], k[0], v[0], scaling):
-            out = out.index_copy(0, index, values)
-    return out[None], None
+    """q and k [1, H or Hk, T, D], v [1, Hk, T, Dv] -> [1, T, H, Dv]."""
+    if "layouts" not in kwargs:
+        raise ModelError(f"{module.config.model_type}: does not hand arguments to its attention; it cannot be packed")
+    layout: RowLayout = kwargs["layouts"]
+    pieces = [out for segment in layout.segments for out in _attend_segment(segment, q[0], k[0], v[0], scaling)]
+    return torch.cat(pieces)[layout.order_T][None], None
 
 
-def _attend_group(
-    layout: GroupLayout, q: Tensor, k: Tensor, v: Tensor, scaling: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (positions in the row, outputs [., H, D]) of one group's prompt and of its responses."""
+def _attend_segment(layout: SegmentLayout, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Iterator[Tensor]:
+    """Yield the outputs [., H, D] of one group's prompt and of its responses, in the order of `layout.covered`."""
     settings = {"scale": scaling, "enable_gqa": q.shape[0] != k.shape[0]}
-    qp, kp, vp = (x[:, layout.prompt_P][None] for x in (q, k, v))
-    prompt = torch.nn.functional.scaled_dot_product_attention(qp, kp, vp, is_causal=True, **settings)
-    yield layout.prompt_P, prompt[0].transpose(0, 1)
-    if not layout.responses:
+    mask = layout.prompt_mask
+    kc, vc = (x[:, layout.context][None] for x in (k, v))
+    prompt = torch.nn.functional.scaled_dot_product_attention(
+        q[:, layout.prompt_P][None], kc, vc, attn_mask=mask, is_causal=mask is None, **settings
+    )
+    yield prompt[0].transpose(0, 1)
+    if not layout.has_responses:
         return
     N, R = layout.tokens_NR.shape
     qr, kr, vr = (x[:, layout.tokens_NR].transpose(0, 1) for x in (q, k, v))  # [N, H, R, D]
-    keys, values = (torch.cat([p.expand(N, -1, -1, -1), r], 2) for p, r in ((kp, kr), (vp, vr)))
+    keys, values = (torch.cat([c.expand(N, -1, -1, -1), r], 2) for c, r in ((kc, kr), (vc, vr)))
     mixed = torch.nn.functional.scaled_dot_product_attention(qr, keys, values, attn_mask=layout.mask, **settings)
-    flat = mixed.transpose(1, 2).reshape(N * R, *mixed.shape[1::2])
-    yield layout.to_row, flat[layout.from_padded]
+    yield mixed.transpose(1, 2).reshape(N * R, *mixed.shape[1::2])[layout.from_padded]
 
 
 PACKED_ATTENTION = "opentao_packed"
@@ -144,16 +157,30 @@ def plan_rows(groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
     Raises:
         ValueError: a prompt and one response alone are longer than a row.
     """
-    rows: list[Row] = []
-    open_row = Row()
+    rows: list[list[tuple[int, list[int]]]] = []
+    room = 0
     for g, sequences in enumerate(groups):
         for part in _split(sequences, row_tokens):
             size = len(sequences.prompt_P) + sum(len(sequences.responses_NR[i]) for i in part)
-            if open_row.tokens_T and len(open_row.tokens_T) + size > row_tokens:
-                rows.append(open_row)
-                open_row = Row()
-            open_row.add(g, sequences, part)
-    return [*rows, open_row] if open_row.tokens_T else rows
+            if not rows or size > room:
+                rows.append([])
+                room = row_tokens
+            rows[-1].append((g, part))
+            room -= size
+    return [_build_row(groups, parts) for parts in rows]
+
+
+def _build_row(groups: Sequence[Sequences], parts: Sequence[tuple[int, list[int]]]) -> Row:
+    """One row; what all its prompts start with (an instruction, examples) stands in front once, if it is worth it."""
+    prompts = [groups[g].prompt_P for g, _ in parts]
+    # A group keeps at least one prompt token of its own: the first response token is predicted there.
+    shared = min(common_prefix(prompts), min(map(len, prompts)) - 1)
+    shared = shared if len(parts) > 1 and shared >= MIN_PREFIX else 0
+    row = Row()
+    row.extend(prompts[0][:shared], 0, PREFIX, 0)
+    for g, part in parts:
+        row.add(g, groups[g], part, shared)
+    return row
 
 
 def _split(sequences: Sequences, row_tokens: int) -> Iterator[list[int]]:
@@ -173,6 +200,19 @@ def _split(sequences: Sequences, row_tokens: int) -> Iterator[list[int]]:
         size += len(response)
     if part:
         yield part
+
+
+def whole_groups(groups: Sequence[Sequences], row_tokens: int) -> list[list[int]]:
+    """Indices of groups that fit one row together, in order; a group that is larger than a row comes alone."""
+    batches: list[list[int]] = []
+    room = 0
+    for i, group in enumerate(groups):
+        if not batches or group.num_tokens > room:
+            batches.append([])
+            room = row_tokens
+        batches[-1].append(i)
+        room -= group.num_tokens
+    return batches
 
 
 def plain_rows(groups: Sequence[Sequences]) -> list[Row]:
@@ -197,12 +237,18 @@ def rows_for(model: Any, groups: Sequence[Sequences], row_tokens: int) -> list[R
 def shares_prompt(model: Any, length: int) -> bool:
     """True if full causal attention with an explicit mask is all that mixes tokens over `length` positions."""
     config = model.config.get_text_config()
+    if not model._supports_attention_backend or config.model_type == "nemotron":  # nemotron drops our arguments
+        return False
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):  # one more term in the softmax
+        return False
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     wide_enough = window is None or window >= length
     known = layers <= ({"full_attention", "sliding_attention"} if wide_enough else {"full_attention"})
     softcap = getattr(config, "attn_logit_softcapping", None)
-    recurrent = any(hasattr(config, name) for name in ("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads"))
+    recurrent = any(
+        hasattr(config, name) for name in ("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads")
+    )
     return bool(known and not recurrent and softcap is None and (wide_enough or "layer_types" in config.to_dict()))
 
 
@@ -314,14 +360,15 @@ def check_packing(model: Any, sequences: Sequences, tolerance: float = 1e-2) -> 
     Raises:
         ModelError: it is over `tolerance`.
     """
-    worst = 0.0
+    differences = []
     device = next(model.parameters()).device
     [(_, packed)] = group_logprobs(model, [sequences], row_tokens=sequences.num_tokens)
     for response, logprobs in zip(sequences.responses_NR, packed, strict=True):
         ids = torch.tensor([*sequences.prompt_P, *response], device=device)[None]
         logits = model(input_ids=ids, use_cache=False).logits[0, len(sequences.prompt_P) - 1 : -1].float()
         plain = logits.log_softmax(-1).gather(-1, ids[0, len(sequences.prompt_P) :, None])[:, 0]
-        worst = max(worst, float((plain - logprobs).abs().max()))
+        differences.append((plain - logprobs).abs().max())
+    worst = float(torch.stack(differences).max())  # NaN stays NaN, and is over any tolerance
     if not worst <= tolerance:
         raise ModelError(
             f"{model.config.model_type}: packed and plain log-probs differ by {worst:.3g} nats (allowed {tolerance});"

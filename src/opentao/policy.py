@@ -46,7 +46,7 @@ class Policy:
         """Weights that a training stage wrote."""
         adapter = path / "adapter_model.safetensors"
         weights = [adapter] if adapter.exists() else sorted(path.glob("*.safetensors"))
-        digest = content_hash(base.hash, [file_hash(w) for w in weights])
+        digest = content_hash(base.base, [file_hash(w) for w in weights])
         kind: Literal["full", "lora"] = "lora" if adapter.exists() else "full"
         return cls(base=base.base, path=path, kind=kind, hash=digest, trust_remote_code=base.trust_remote_code)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opentao.errors import DataError
@@ -60,7 +62,7 @@ def read_preferences(path: Path) -> Preferences:
 
 def write_preferences(path: Path, rankings: Sequence[Ranking]) -> None:
     """One JSON line a ranking, in the `responses` and `ranks` form."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for r in rankings:
             row = {"messages": list(r.prompt.messages), "responses": list(r.texts), "ranks": list(r.ranks)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -71,10 +73,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         if path.suffix == ".parquet":
             yield from enumerate(pq.read_table(path).to_pylist(), 1)
             return
-        lines = path.read_text().splitlines()
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    for number, line in enumerate(lines, 1):
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() splits at U+2028 inside a string, too
         if line.strip():
             yield number, _parse(line)
 
@@ -98,6 +102,8 @@ def _ranking(row: Any) -> Ranking:
         ranks: tuple[float, ...] = (1.0, 2.0)
     else:
         texts, ranks = _ranked(row)
+    if not _is_unicode([*texts, *(m["content"] for m in messages)]):
+        raise ValueError("not valid Unicode: the file must be UTF-8, without lone surrogates")
     ranking = Ranking(prompt=Prompt(messages=tuple(messages)), texts=texts, ranks=ranks)
     if not ranking.pairs:
         raise ValueError("all answers have the same rank")
@@ -109,12 +115,22 @@ def _ranking(row: Any) -> Ranking:
 def _messages(row: dict[str, Any]) -> list[Message]:
     if row.get("messages"):
         messages = row["messages"]
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+        if not (isinstance(messages, list) and all(map(_is_turn, messages))):
             raise ValueError("messages: expected a list of {role, content}")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("messages: the last turn is the assistant's; expected the turns before the answer")
         return [{"role": m["role"], "content": m["content"]} for m in messages]
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return [{"role": "user", "content": row["prompt"]}]
     raise ValueError("expected `prompt` (text) or `messages` (chat)")
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _is_unicode(texts: Sequence[str]) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 
 def _answer(row: dict[str, Any], key: str) -> str:
@@ -130,7 +146,7 @@ def _ranked(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
     texts, ranks = row.get("responses"), row.get("ranks")
     if not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
         raise ValueError("expected `chosen` and `rejected`, or `responses` (a list of texts) and `ranks`")
-    if not (isinstance(ranks, list) and all(isinstance(r, int | float) for r in ranks)):
+    if not (isinstance(ranks, list) and all(isinstance(r, int | float) and math.isfinite(r) for r in ranks)):
         raise ValueError("ranks: expected a list of numbers, 1 = best")
     if len(ranks) != len(texts) or len(texts) < 2:
         raise ValueError(f"ranks: expected one number for each of at least 2 responses, got {len(ranks)}")

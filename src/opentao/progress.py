@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 from opentao.show import visible
@@ -223,4 +224,12 @@ def _stderr_console() -> Console:
 def _bars(console: Console) -> Bars:
     """Standard output is left alone (`--json`); what libraries write to standard error appears above the bar."""
     label = TextColumn("{task.description}", markup=False)
-    return Bars(SpinnerColumn(), label, BarColumn(28), _Facts(), console=console, transient=True, redirect_stdout=False)
+    return Bars(
+        SpinnerColumn(),
+        label,
+        BarColumn(16),
+        _Facts(table_column=Column(no_wrap=True)),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+    )

@@ -97,7 +97,7 @@ def read_prompts(path: Path) -> Reading:
             if prompt.id in prompts:
                 raise _BadRow(f"duplicate of {noun} {lines[prompt.id]}")
         except _BadRow as error:
-            set_aside.append(SetAside(file=str(path), line=line, reason=str(error)))
+            set_aside.append(SetAside(file=str(path), line=line, reason=_writable(str(error))))
             continue
         prompts[prompt.id], lines[prompt.id] = prompt, line
         sources[source] += 1
@@ -106,6 +106,11 @@ def read_prompts(path: Path) -> Reading:
         raise DataError(f"{path}: no prompt in {len(rows)} rows; first problem: {first}; expected {EXPECTED}")
     understood = _understood(f"{_count(len(rows), 'row')} of {kind}", sources, list(prompts.values()), len(set_aside))
     return Reading(prompts=list(prompts.values()), set_aside=set_aside, understood=understood, num_rows=len(rows))
+
+
+def _writable(text: str) -> str:
+    """The reason may quote a row, and half a character cannot be written as UTF-8: its escape stands in its place."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _understood(what: str, sources: Counter[str], prompts: Sequence[Prompt], num_set_aside: int) -> str:

@@ -1,7 +1,7 @@
 """One page about a run, for people: `report.html`, readable without a network.
 
-It is made from `summary.json`, the two `eval.json` of base and shown round, `set_aside.jsonl` and `config.yaml` only, so
-it can be made again at any time (`tao report DIR`). What models and users wrote is hostile: the template engine
+It is made from `summary.json`, the two `eval.json` of base and shown round, `set_aside.jsonl` and `config.yaml` only,
+so it can be made again at any time (`tao report DIR`). What models and users wrote is hostile: the template engine
 escapes every value, `visible` spells out control characters, and the page's own policy forbids scripts and requests.
 
 Left out: scripts, even our own. Everything works as plain HTML with inline SVG.
@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from opentao.charts import Chart, Level, Series, draw
@@ -76,7 +77,7 @@ def write_report(directory: Path) -> Path:
     return path
 
 
-def _template() -> Environment | Any:
+def _template() -> Template:
     """The page with escaping on for every value, and an error for a name that does not exist."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless, trim_blocks=True)
     environment.filters |= {
@@ -86,7 +87,7 @@ def _template() -> Environment | Any:
         "percent": percent,
         "percent_interval": percent_interval,
         "duration": duration,
-        "reward": lambda value: number(value, 3) if value is not None else "unscored",
+        "reward": lambda value: "unscored" if value is None else f"{value:.3g}".replace("-", "−"),
     }
     source = (files("opentao") / "data" / "report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
@@ -108,7 +109,7 @@ def equal_k(curve: Mapping[int, Mean], value: float) -> float | None:
     2.828
     """
     points = [(math.log2(k), m.mean) for k, m in sorted(curve.items()) if m.mean is not None]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if y0 <= value <= y1 and y1 > y0:
             return float(2 ** (x0 + (x1 - x0) * (value - y0) / (y1 - y0)))
     return None
@@ -226,13 +227,13 @@ class Cost:
     stage: str
     tokens: int
     seconds: float
-    share: float  # of all stages' seconds, 0 to 1
+    share: float  # of the longest stage's seconds, 0 to 1
 
 
 def _costs(run: Summary) -> list[Cost]:
     totals = run.stage_totals()
-    whole = sum(seconds for _, seconds in totals.values()) or 1.0
-    return [Cost(stage=name, tokens=t, seconds=s, share=s / whole) for name, (t, s) in totals.items()]
+    longest = max((seconds for _, seconds in totals.values()), default=0.0) or 1.0
+    return [Cost(stage=name, tokens=t, seconds=s, share=s / longest) for name, (t, s) in totals.items()]
 
 
 # --------------------------------------------------------------------------------------------------- side by side

@@ -1,9 +1,9 @@
 """The reward model (DBRM): predicts which of several answers people prefer. Training, scoring, export.
 
-A *guided* reward model asks a question after the answer ("Is this answer good or bad? The answer is") and reads a scalar head that
-starts as the difference of the language-model head's rows for " good" and " bad": it can judge a little before any
-training, so few preferences go far. The question is written into the tokenizer's chat template, hence the saved folder
-is an ordinary `AutoModelForSequenceClassification` that plain transformers scores alike.
+A *guided* reward model asks a question after the answer ("Is this answer good or bad? The answer is") and reads a
+scalar head that starts as the difference of the language-model head's rows for " good" and " bad": it can judge a
+little before any training, so few preferences go far. The question is written into the tokenizer's chat template, hence
+the saved folder is an ordinary `AutoModelForSequenceClassification` that plain transformers scores alike.
 
 All answers to one prompt share one packed row: their longest common token prefix is computed once.
 Loss: Bradley-Terry, mean over a group's pairs of −log σ(s_better − s_worse).
@@ -11,7 +11,6 @@ Loss: Bradley-Terry, mean over a group's pairs of −log σ(s_better − s_worse
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from opentao.bestofn import bootstrap
 from opentao.errors import ModelError
-from opentao.models import load_causal_lm, load_tokenizer, resolve_model
-from opentao.pack import Row, common_prefix, Sequences, hidden_states, rows_for, shares_prompt
+from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
+from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
+from opentao.pack import Row, Sequences, common_prefix, hidden_states, plain_rows, rows_for, whole_groups
 from opentao.policy import default_device
 from opentao.preferences import Ranking
 from opentao.progress import Progress
-from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
 from opentao.types import Message
 
 QUESTION = "Is this answer good or bad?"
@@ -66,12 +65,7 @@ class RewardModel:
     def load(cls, name: str, *, trust_remote_code: bool = False) -> RewardModel:
         """Any Hugging Face sequence-classification model with one label: a folder or a hub name."""
         where = str(resolve_model(name))
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                where, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{name}: not a reward model that can be loaded: {_first_line(error)}") from error
+        model: Any = load_classifier(where, dtype=torch.float32, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
         return cls(model.to(default_device()).eval(), tokenizer)
 
@@ -86,9 +80,11 @@ class RewardModel:
         )
         model.base_model.load_state_dict(causal.base_model.state_dict())
         head = causal.get_output_embeddings().weight
-        good, bad = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (GOOD, BAD))
+        good, bad = _good_and_bad(tokenizer)
         with torch.no_grad():
             model.score.weight.copy_((head[good] - head[bad])[None])
+        if tokenizer.pad_token is None:  # without one, plain transformers refuses a batch; the question ends every text
+            tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         tokenizer.chat_template = guided_template(tokenizer)
         return cls(model.to(default_device()).eval(), tokenizer)
@@ -104,30 +100,45 @@ class RewardModel:
             for t in texts
         ]
         ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        if self.reads_last_token:
+            ids = [self._as_read(tokens) for tokens in ids]
         # Every conversation keeps at least one own token: that is where its score is read.
         shared = min(common_prefix(ids), min(map(len, ids)) - 1)
         return Sequences(prompt_P=tuple(ids[0][:shared]), responses_NR=tuple(tuple(i[shared:]) for i in ids))
 
+    @property
+    def reads_last_token(self) -> bool:
+        """True for a decoder with a `score` head on the last token; False for encoders and other classifiers."""
+        return hasattr(self.model, "score")
+
+    def _as_read(self, tokens: list[int]) -> list[int]:
+        """Without padding tokens at the end: transformers reads the last token that is not the padding token."""
+        pad = self.model.config.get_text_config().pad_token_id
+        end = max((i for i, token in enumerate(tokens) if token != pad), default=len(tokens) - 1)
+        return tokens[: end + 1]
+
+    @torch.no_grad()
     def score(self, groups: Sequence[Sequences], row_tokens: int = 2048) -> Iterator[tuple[int, list[float]]]:
         """Scores without gradients: yields (group index, N scores) in order."""
         found: dict[int, dict[int, float]] = {}
         done = 0
-        with torch.no_grad(), autocast(self.model):
-            for row in self.rows(groups, row_tokens):
-                for (g, i), score in zip(row.owners, self.row_scores(row).tolist(), strict=True):
-                    found.setdefault(g, {})[i] = score
-                while done < len(groups) and len(found.get(done, {})) == len(groups[done].responses_NR):
-                    yield done, [found[done][i] for i in range(len(groups[done].responses_NR))]
-                    found.pop(done, None)
-                    done += 1
+        for row in self.rows(groups, row_tokens):
+            with autocast(self.model):
+                scores = self.row_scores(row).tolist()
+            for (g, i), score in zip(row.owners, scores, strict=True):
+                found.setdefault(g, {})[i] = score
+            while done < len(groups) and len(found.get(done, {})) == len(groups[done].responses_NR):
+                yield done, [found[done][i] for i in range(len(groups[done].responses_NR))]
+                found.pop(done, None)
+                done += 1
 
     def rows(self, groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
-        return rows_for(self.model, groups, row_tokens)
+        return rows_for(self.model, groups, row_tokens) if self.reads_last_token else plain_rows(groups)
 
     def row_scores(self, row: Row) -> Tensor:
         """Scores [len(row.owners)] of one row, with gradients if they are on."""
         classifier = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if not hasattr(classifier, "score"):
+        if not self.reads_last_token:
             return self._plain_score(row)
         hidden = hidden_states(self.model, row)
         ends = torch.tensor(row.ends, device=hidden.device)
@@ -143,7 +154,13 @@ class RewardModel:
 
 def guided_template(tokenizer: PreTrainedTokenizerBase, question: str = QUESTION) -> str:
     """The chat template, followed by the question whose answer the head reads at the last token."""
-    return f"{tokenizer.chat_template}{question} {LEAD_IN}"
+    return f"{tokenizer.get_chat_template()}{question} {LEAD_IN}"
+
+
+def _good_and_bad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """The tokens in which the two answers to the question differ; a tokeniser may split off their common space."""
+    good, bad = (tokenizer(LEAD_IN + word, add_special_tokens=False).input_ids for word in (GOOD, BAD))
+    return next((g, b) for g, b in zip(good, bad, strict=False) if g != b)
 
 
 def train_reward_model(
@@ -162,8 +179,13 @@ def train_reward_model(
     model = reward_model.model
     if config.lora_rank:
         torch.manual_seed(config.seed)
-        lora = PeftConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-                          modules_to_save=["score"], task_type="SEQ_CLS")
+        lora = PeftConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            modules_to_save=["score"],
+            task_type="SEQ_CLS",
+        )
         model = reward_model.model = get_peft_model(model, lora)
     items = [(reward_model.encode(r.prompt.messages, r.texts), r) for r in rankings]
     longest = max(len(s.prompt_P) + max(map(len, s.responses_NR)) for s, _ in items)
@@ -172,11 +194,12 @@ def train_reward_model(
 
     def step(batch: list[tuple[Sequences, Ranking]]) -> tuple[float, int]:
         total = 0.0
-        for sequences, ranking in batch:
+        for indices in whole_groups([s for s, _ in batch], config.max_tokens):
+            rankings = [batch[i][1] for i in indices]
             with autocast(model):
-                rows = reward_model.rows([sequences], config.max_tokens)
-                scores = torch.cat([reward_model.row_scores(row) for row in rows])
-            loss = bradley_terry(scores, ranking.pairs) / len(batch)
+                scores = _scores(reward_model, [batch[i][0] for i in indices], config.max_tokens)
+            losses = [bradley_terry(s, r.pairs) for s, r in zip(scores, rankings, strict=True)]
+            loss = torch.stack(losses).sum() / len(batch)
             loss.backward()
             total += float(loss.detach())
         return total, sum(s.num_tokens for s, _ in batch)
@@ -188,13 +211,20 @@ def train_reward_model(
     return history
 
 
+def _scores(reward_model: RewardModel, groups: Sequence[Sequences], row_tokens: int) -> list[Tensor]:
+    """Scores [N] of each group, with gradients."""
+    found: list[dict[int, Tensor]] = [{} for _ in groups]
+    for row in reward_model.rows(groups, row_tokens):
+        for (g, i), score in zip(row.owners, reward_model.row_scores(row), strict=True):
+            found[g][i] = score
+    return [torch.stack([own[i] for i in sorted(own)]) for own in found]
+
+
 def train_to_folder(
     model: str, rankings: Sequence[Ranking], config: RewardTraining, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Train from a causal LM (guided head) or a sequence classifier (its own head) and save; whole or not at all."""
-    classifier = AutoConfig.from_pretrained(str(resolve_model(model))).architectures or [""]
-    starts_as_classifier = "SequenceClassification" in classifier[0]
-    reward_model = RewardModel.load(model) if starts_as_classifier else RewardModel.from_causal_lm(model)
+    reward_model = RewardModel.load(model) if _is_classifier(model) else RewardModel.from_causal_lm(model)
     total = num_steps(len(rankings), config.epochs, config.rankings_per_step)
     with progress.stage("reward model", total=total, unit="steps", label="train reward model") as step:
         history = train_reward_model(
@@ -205,6 +235,14 @@ def train_to_folder(
     reward_model.save(temporary)
     temporary.rename(out)
     return {"rankings": len(rankings), "steps": len(history), "loss_last": history[-1].loss, "out": str(out)}
+
+
+def _is_classifier(model: str) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(str(resolve_model(model)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return any("SequenceClassification" in name for name in config.architectures or ())
 
 
 def accuracy(reward_model: RewardModel, rankings: Sequence[Ranking], progress: Progress) -> dict[str, Any]:
@@ -237,7 +275,3 @@ def bradley_terry(scores_N: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
     """Mean over (better, worse) pairs of −log σ(s_better − s_worse). Source: Bradley & Terry 1952."""
     better, worse = (torch.tensor(side, device=scores_N.device) for side in zip(*pairs, strict=True))
     return -torch.nn.functional.logsigmoid(scores_N[better] - scores_N[worse]).mean()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

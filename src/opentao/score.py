@@ -39,9 +39,7 @@ def score(session: Session, group_shards: Sequence[str], label: str, *, with_aud
 
 def unscored(groups: Sequence[Group]) -> Counter[str]:
     """How many responses each scorer left unscored."""
-    return Counter(
-        name for g in groups for name, scores in g.scores.items() for s in scores if not s.scored
-    )
+    return Counter(name for g in groups for name, scores in g.scores.items() for s in scores if not s.scored)
 
 
 def failures(groups: Sequence[Group]) -> Counter[str]:

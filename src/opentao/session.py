@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,8 +46,7 @@ class Session:
         before, self.counted = self.counted, now
         stages = ("generate", "score", "train", "evaluate")
         return {
-            what: {s: values.get(s, 0) - before.get(what, {}).get(s, 0) for s in stages}
-            for what, values in now.items()
+            what: {s: values.get(s, 0) - before.get(what, {}).get(s, 0) for s in stages} for what, values in now.items()
         }
 
     def prompts_of_round(self, round_: int) -> list[Prompt]:
@@ -58,7 +58,9 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, directory: Path, progress: Progress, engine: Engine | None = None) -> Iterator[Session]:
+def open_session(
+    config: Config, directory: Path, progress: Progress, engine: Engine | None = None
+) -> Iterator[Session]:
     """Lock the run directory, import the prompts, build scorers and engine.
 
     Raises:
@@ -85,7 +87,7 @@ def open_session(config: Config, directory: Path, progress: Progress, engine: En
 
 
 def _default_engine(config: Config) -> Engine:
-    from opentao.engines.group import GroupEngine  # noqa: PLC0415  torch comes only with an engine
+    from opentao.engines.group import GroupEngine
 
     return GroupEngine(batch_responses=config.generate.batch_responses)
 
@@ -102,7 +104,7 @@ def _same_config(run: Run, config: Config) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def _import_prompts(run: Run, config: Config, progress: Progress) -> tuple[list[Prompt], list[Prompt]]:
@@ -124,11 +126,11 @@ def _import_prompts(run: Run, config: Config, progress: Progress) -> tuple[list[
 
 
 def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
-    """The scorer's config; a file or folder that it names counts by its content."""
+    """The scorer's config; a file or model folder that it names counts by its content."""
     named = {
         key: file_hash(Path(value))
         for key, value in sorted(config.args.items())
-        if isinstance(value, str) and len(value) < 4096 and Path(value).exists()
+        if isinstance(value, str) and (os.path.isfile(value) or os.path.isfile(os.path.join(value, "config.json")))
     }
     return {"config": config.model_dump(mode="json"), "files": named}
 

@@ -8,13 +8,15 @@ there already and made from the same inputs means reuse, anything else means mak
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from opentao.errors import StoreError
 from opentao.types import NAN, Failure, Group, Prompt, Response, Score
@@ -97,7 +100,11 @@ class Run:
         if not self.read_only:
             self.root.mkdir(parents=True, exist_ok=True)
             self._acquire()
-        self._read_manifest()
+        try:
+            self._read_manifest()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,9 +133,8 @@ class Run:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                entry = json.loads(line)
-                self._entries[entry["path"]] = entry
-            except (ValueError, KeyError) as error:
+                self._remember(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"{path}:{number}: not a manifest entry: {error}") from error
 
     def path(self, name: str) -> Path:
@@ -163,7 +169,8 @@ class Run:
         temporary = final.with_name(f".{final.name}.part")
         _remove(temporary)
         try:
-            write(temporary)
+            with _full_disk_as_os_error():
+                write(temporary)
             for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
                 _fsync(part)
             digest = file_hash(temporary)
@@ -189,15 +196,23 @@ class Run:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._entries[entry["path"]] = entry
+        self._remember(entry)
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        """The last entry of a path counts; one without a hash says that the file was discarded."""
+        known = {name: entry[name] for name in ("path", "key", "sha256")}
+        if known["sha256"] is None:
+            self._entries.pop(known["path"], None)
+        else:
+            self._entries[known["path"]] = known
 
     def write_json(self, name: str, key: str, value: Any) -> Path:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        return self.commit(name, key, lambda path: _ignore(path.write_text(text)))
+        return self.commit(name, key, lambda path: _ignore(path.write_text(text, encoding="utf-8")))
 
     def read_json(self, name: str) -> Any:
         self.hash(name)
-        return json.loads((self.root / name).read_text())
+        return json.loads((self.root / name).read_text(encoding="utf-8"))
 
     def write_table(self, name: str, key: str, table: pa.Table) -> Path:
         return self.commit(name, key, lambda path: pq.write_table(table, path, compression="zstd"))
@@ -209,6 +224,17 @@ class Run:
 
 def _ignore(_: object) -> None:
     return None
+
+
+@contextmanager
+def _full_disk_as_os_error() -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own kind."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"(os error {errno.ENOSPC})" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _remove(path: Path) -> None:

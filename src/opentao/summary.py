@@ -1,4 +1,4 @@
-"""What a run came to: the shapes of `summary.json` and `round-K/eval.json`, read strictly, and the table on the terminal.
+"""What a run came to: the shapes of `summary.json` and `round-K/eval.json`, read strictly; the table on the terminal.
 
 A key that must be there and is not is an error that names file and key. A number may be null (or NaN): there was
 nothing to measure, and it is shown as "–", never as 0.
@@ -127,6 +127,7 @@ class Summary(Facts):
     failures: dict[str, int]
     prompts: Prompts
     baselines: list[Baseline] = []
+    confidence: float | None = None  # of every interval, e.g. 0.95
 
     @model_validator(mode="after")
     def _best_round_exists(self) -> Summary:
@@ -245,24 +246,29 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """
     run = parse(Summary, summary, "summary")
     after = run.shown
-    table = Table(title=Text(f"{visible(run.model)}: {run.base.first_try.n} held-out prompts"), title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=Text(f"{visible(run.model)}: {run.base.first_try.n} held-out prompts"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
     for name in ("", "reward", "interval", *(("audit", "interval") if run.audit else ()), "baked"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     _base_rows(table, run)
     for round_ in run.rounds:
-        _add(table, run, f"{round_.name} first try", round_.first_try, round_.audit and round_.audit.first_try, round_)
+        audit = round_.audit.first_try if round_.audit else None
+        _add(table, run, f"{round_.name} first try", round_.first_try, audit, round_)
     table.caption = Text("\n").join(_caption(run, after))
     table.caption_justify = "left"
     return table
 
 
 def _base_rows(table: Table, run: Summary) -> None:
-    """Baselines, the base's first try and what more tries would give; best of k is picked by the reward, its audit follows."""
+    """Baselines, the base's first try, what more tries give: the reward picks among k, the audit judges the pick."""
     base = run.base
     for line in run.baselines:
         on_audit = line.on == "audit"
         _add(table, run, visible(line.name), NO_MEAN if on_audit else line.value, line.value if on_audit else None)
-    _add(table, run, "base first try", base.first_try, base.audit and base.audit.first_try)
+    _add(table, run, "base first try", base.first_try, base.audit.first_try if base.audit else None)
     ks = [k for k in SHOWN_K if k in base.best_of]
     for k in ks:
         picked = base.audit.selected_of.get(k) if base.audit else None

@@ -20,7 +20,7 @@ from torch import Tensor
 from opentao.config import TrainConfig
 from opentao.objectives import OBJECTIVES, Credit, Objective, Totals
 from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, optimise
-from opentao.pack import Row, Sequences, check_packing, group_logprobs, row_logprobs, rows_for
+from opentao.pack import Row, Sequences, check_packing, group_logprobs, row_logprobs, rows_for, whole_groups
 from opentao.policy import LoadedPolicy, Policy, load_for_training
 from opentao.session import Session
 from opentao.types import Group, content_hash
@@ -55,9 +55,7 @@ def examples_of(groups: Sequence[Group], config: TrainConfig) -> list[Example]:
             Example(
                 rewards_N=rewards_N,
                 chosen=chosen,
-                sequences=Sequences(
-                    prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in responses)
-                ),
+                sequences=Sequences(prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in responses)),
                 sampler_logprobs=[torch.tensor(r.sampler_logprobs_R) for r in responses],
                 ref_logprobs=[],
             )
@@ -113,18 +111,11 @@ def accumulate(
     return total
 
 
-def micro_batches(
-    model: Any, batch: Sequence[Example], row_tokens: int
-) -> Iterator[tuple[list[Example], list[Row]]]:
+def micro_batches(model: Any, batch: Sequence[Example], row_tokens: int) -> Iterator[tuple[list[Example], list[Row]]]:
     """Whole groups that share one row; a group that needs several rows comes alone."""
-    waiting: list[Example] = []
-    for example in batch:
-        if sum(e.sequences.num_tokens for e in [*waiting, example]) > row_tokens and waiting:
-            yield waiting, rows_for(model, [e.sequences for e in waiting], row_tokens)
-            waiting = []
-        waiting.append(example)
-    if waiting:
-        yield waiting, rows_for(model, [e.sequences for e in waiting], row_tokens)
+    for indices in whole_groups([e.sequences for e in batch], row_tokens):
+        examples = [batch[i] for i in indices]
+        yield examples, rows_for(model, [e.sequences for e in examples], row_tokens)
 
 
 def _backward(
@@ -183,19 +174,33 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     """
     run, config = session.run, session.config
     examples = examples_of(groups, config.train)
-    facts = {"groups": len(groups), "informative": len(examples), "steps": 0, "loss_first": None, "loss_last": None}
-    if not examples:
-        session.progress.note(f"round {round_}: all rewards are equal in every group: no step taken, policy unchanged")
-        return policy, facts
-    name = f"round-{round_}/policy"
+    facts: dict[str, Any] = {
+        "groups": len(groups),
+        "informative": len(examples),
+        "steps": 0,
+        "loss_first": None,
+        "loss_last": None,
+    }
+    name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
     key = content_hash(policy.hash, config.train.model_dump(mode="json"), config.seed, _fingerprint(examples))
-    steps = f"round-{round_}/steps.json"
-    if not run.have(name, key):
-        history = _train_round(session, round_, policy, examples, key)
-        run.write_json(steps, key, history)
+    if not examples:
+        facts["idle"] = nothing_to_learn(groups)
+        session.progress.note(f"round {round_}: {facts['idle']}: no step taken, policy unchanged")
+        run.discard(name)  # of an earlier config
+        run.write_json(steps, key, [])
+        return policy, facts
+    if not (run.have(name, key) and run.have(steps, key)):
+        _train_round(session, round_, policy, examples, key)
     history = run.read_json(steps)
     facts |= {"steps": len(history), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]}
     return Policy.of_folder(policy, run.path(name)), facts
+
+
+def nothing_to_learn(groups: Sequence[Group]) -> str:
+    """Why no group is informative."""
+    if not any(group.scored for group in groups):
+        return "no response could be scored"
+    return "all rewards are equal in every group"
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
@@ -208,10 +213,8 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     )
 
 
-def _train_round(
-    session: Session, round_: int, policy: Policy, examples: list[Example], key: str
-) -> list[dict[str, Any]]:
-    """All steps of a round, from the newest checkpoint. Returns the metrics of every step."""
+def _train_round(session: Session, round_: int, policy: Policy, examples: list[Example], key: str) -> None:
+    """All steps of a round, from the newest checkpoint. Writes the metrics of every step, then the policy."""
     config, run = session.config.train, session.run
     loaded = load_for_training(policy, config, session.config.seed)
     check_packing(loaded.model, max((e.sequences for e in examples), key=lambda s: s.num_tokens))
@@ -232,13 +235,13 @@ def _train_round(
             checkpoint=checkpoint,
             on_step=on_step,
         )
+    run.write_json(f"round-{round_}/steps.json", key, [asdict(m) for m in history])
     run.commit(f"round-{round_}/policy", key, loaded.save)
     checkpoint.discard()
-    return [asdict(m) for m in history]
 
 
 def _reference(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example]) -> None:
-    """Reference log-probs: the policy as it is before the first step; for LoRA on the base, the adapter switched off."""
+    """Reference log-probs: the policy before the first step; for LoRA on the base, the adapter switched off."""
     config = session.config.train
     if not OBJECTIVES[config.objective].needs_reference:
         return

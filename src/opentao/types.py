@@ -93,7 +93,7 @@ class Score:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Failure:
-    """Something that went wrong with a Group, kept as data: ``Failure(kind="prompt_too_long", message="9001 > 8192")``."""
+    """What went wrong with a Group, kept as data: ``Failure(kind="prompt_too_long", message="9001 > 8192")``."""
 
     kind: str
     message: str
@@ -207,7 +207,7 @@ class Engine(Protocol):
         """Use this policy's weights from now on (an `opentao.policy.Policy`)."""
 
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
-        """Yield one unscored Group a prompt, in any order. A prompt that cannot be sampled yields a Group with a `failure`."""
+        """Yield one unscored Group a prompt, in any order; one that cannot be sampled has a `failure`."""
 
 
 class Scorer(Protocol):

@@ -56,6 +56,8 @@ def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, s
     interval and, where there is an audit, the audit did not fall. The interval is of one round: with many rounds to
     choose from it is a little too narrow.
     """
+    if tuned and all(r["train"] and r["train"]["steps"] == 0 for r in tuned):
+        return 0, "keep base", f"No step was taken: {tuned[-1]['train']['idle']}."
     rounds = [r for r in tuned if r["first_try"]["mean"] is not None]
     if not rounds or base["first_try"]["mean"] is None:
         return 0, "keep base", "No round could be compared with the base."

@@ -11,12 +11,14 @@ Left out for now: refilling a batch before it is done, a token budget from free 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -67,10 +69,14 @@ class GroupEngine:
             self.loaded = load_policy(policy)
 
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
-        """Yield one Group a prompt; a prompt that does not fit the context yields one with a failure."""
+        """Yield one Group a prompt; one that does not fit the context or the chat template yields a failure."""
         waiting: list[tuple[int, list[list[int]]]] = []
         for i, prompt in enumerate(prompts):
-            asked = [self._encode(prompt, strategy) for strategy in plan.strategies[: plan.group_size]]
+            try:
+                asked = [self._encode(prompt, strategy) for strategy in plan.strategies[: plan.group_size]]
+            except TemplateError as error:  # e.g. a system turn for a model that takes none
+                yield Group(prompt=prompt, failure=Failure(kind="chat_template", message=str(error)))
+                continue
             limit = context_length(self._policy().model) - plan.max_new_tokens
             if (longest := max(map(len, asked))) > limit:
                 message = f"{longest} tokens; the context leaves {limit} beside {plan.max_new_tokens} new ones"
@@ -97,12 +103,12 @@ class GroupEngine:
     ) -> Iterator[Group]:
         """Decode one batch of prompts, each with its sampler prompts by strategy."""
         longest = max(len(tokens) for _, asked in waiting for tokens in asked)
-        shared = shares_prompt(self._policy().model, longest + plan.max_new_tokens)
+        shared = _caches_prompt(self._policy().model, longest + plan.max_new_tokens)
         blocks: list[Block] = []
         streams: list[Stream] = []
         for i, asked in waiting:
             prefix = common_prefix(asked) if shared else 0
-            together = len(asked) > 1 and 0 < prefix and max(map(len, asked)) - prefix <= MAX_TAIL
+            together = len(asked) > 1 and prefix > 0 and max(map(len, asked)) - prefix <= MAX_TAIL
             first = len(blocks)
             blocks += [Block(i, asked[0][:prefix])] if together else [Block(i, tokens) for tokens in asked]
             for index in range(plan.group_size):
@@ -194,6 +200,11 @@ class GroupEngine:
         if stop_strings and not stream.stopped:
             text = self._policy().tokenizer.decode(stream.tokens_R, skip_special_tokens=True)
             stream.stopped = any(s in text for s in stop_strings)
+
+
+def _caches_prompt(model: Any, length: int) -> bool:
+    """True if a prompt's keys and values can be shared; multi-head latent attention caches what they are made from."""
+    return shares_prompt(model, length) and not hasattr(model.config.get_text_config(), "kv_lora_rank")
 
 
 def _done(stream: Stream, plan: SamplingPlan) -> bool:
@@ -291,7 +302,8 @@ def _run_prompts(model: Any, prompts: list[list[int]], device: torch.device) -> 
     output = model.base_model(
         input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True
     )
-    return output.last_hidden_state, output.past_key_values
+    cache = output.past_key_values if "past_key_values" in output else output.cache_params  # a state-space model's
+    return output.last_hidden_state, cache
 
 
 class GroupAttention:
@@ -402,6 +414,7 @@ class PlainDecoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.stateful = "cache_params" in inspect.signature(model.base_model.forward).parameters
         log.warning("%s: attention cannot share prompts; decoding the plain way", model.config.model_type)
 
     def prefill(self, blocks: list[Block], streams: list[Stream], new_tokens: int, budget: int) -> Tensor:
@@ -416,17 +429,14 @@ class PlainDecoder:
 
     def step(self, tokens_L: Tensor, *, need_logits: bool = True) -> Tensor | None:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        output = self.model.base_model(
-            input_ids=tokens_L[:, None],
-            attention_mask=self.mask,
-            position_ids=self.position_L[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        past = {"attention_mask": self.mask, "position_ids": self.position_L[:, None], "past_key_values": self.cache}
+        if self.stateful:  # nothing but the state knows of the past
+            past = {"cache_params": self.cache}
+        output = self.model.base_model(input_ids=tokens_L[:, None], use_cache=True, **past)
         self.position_L = self.position_L + 1
         return head_logits(self.model, output.last_hidden_state[:, 0])
 
     def keep(self, rows: list[int]) -> None:
         index = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)  # unlike batch_select_indices, it knows recurrent states too
         self.mask, self.position_L = self.mask[index], self.position_L[index]

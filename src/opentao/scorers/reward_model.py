@@ -1,4 +1,4 @@
-"""The `reward_model` scorer: any Hugging Face sequence-classification reward model with one label, scored group-packed."""
+"""The `reward_model` scorer: any sequence-classification model of Hugging Face with one label, scored group-packed."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ class RewardModelScorer:
             self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code)
         sequences = self._loaded.encode(group.prompt.messages, [r.text for r in group.responses])
         [(_, scores)] = self._loaded.score([sequences], self.row_tokens)
-        return [1 / (1 + math.exp(-s)) if self.squash else s for s in scores]
+        return [(1 + math.tanh(s / 2)) / 2 if self.squash else s for s in scores]  # σ, without overflow

@@ -1,0 +1,185 @@
+"""Every mistake in a config gives one line that names file, line, key and what was expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opentao.config import Config, dump_config, load_config
+from opentao.errors import ConfigError
+
+GOOD = """\
+model: tiny
+prompts:
+  path: prompts.jsonl
+scorers:
+  - type: length
+    args: {max: 20}
+  - type: contains
+    name: polite
+    args: {strings: [thanks]}
+train:
+  objective: regress
+  epochs: 2
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tao.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def complaint(path: Path, text: str, *overrides: str) -> str:
+    """The error of a config with this text, without the folder."""
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message.replace(f"{path.parent}/", "")
+
+
+def test_good(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert [s.label for s in config.scorers] == ["length", "polite"]
+    assert config.train.epochs == 2
+    assert config.generate.group_size == 8  # a class default
+    assert load_config(config_file, ["audit.type=exact", "audit.args.key=answer"]).audit is not None
+
+
+def test_dump_holds_every_setting(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+    assert "row_tokens: 2048" in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("epochs: 2", "epoch: 2", "tao.yaml:12: train.epoch: unknown key; expected one of: objective, method, lora,"),
+        ("    args: {max", "    arg: {max", "tao.yaml:6: scorers.0.arg: unknown key; expected one of: type, name,"),
+        ("model: tiny", "modle: tiny", "tao.yaml:1: modle: unknown key; expected one of: model,"),
+        ("epochs: 2", "epochs: two", "tao.yaml:12: train.epochs: Input should be a valid integer"),
+        ("epochs: 2", "epochs: 0", "tao.yaml:12: train.epochs: Input should be greater than or equal to 1, got 0"),
+        ("regress", "reinforce", "tao.yaml:11: train.objective: Input should be 'regress', 'distill', 'online' or"),
+        ("  path: prompts.jsonl", "  max_train: 5", "tao.yaml:2: prompts.path: is required"),
+        ("    name: polite\n", "    name: length\n", "tao.yaml:4: scorers: names must differ"),
+        ("scorers:\n", "scorers: []\nother:\n", "tao.yaml:4: scorers: List should have at least 1 item"),
+        ("model: tiny", "model: [tiny", "not valid YAML"),
+        ("model: tiny", "model: !!python/name:os.system", "tao.yaml:1: not valid YAML: could not determine a constr"),
+        ("model: tiny", "model: a\x00b", "not valid YAML: unacceptable character"),
+    ],
+)
+def test_mistakes(config_file: Path, old: str, new: str, expected: str) -> None:
+    assert old in GOOD
+    assert expected in complaint(config_file, GOOD.replace(old, new))
+
+
+def test_wrong_value_is_quoted(config_file: Path) -> None:
+    assert complaint(config_file, GOOD.replace("epochs: 2", "epochs: two")).endswith("got 'two'")
+
+
+def test_other_mistakes_are_counted(config_file: Path) -> None:
+    text = GOOD.replace("epochs: 2", "epochs: 0").replace("regress", "x").replace("model: tiny", "modle: tiny")
+    assert complaint(config_file, text).endswith("(and 2 more)")
+
+
+def test_missing_section(config_file: Path) -> None:
+    text = GOOD.replace("prompts:\n  path: prompts.jsonl\n", "")
+    assert complaint(config_file, text) == "tao.yaml:1: prompts: is required"
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b\n", "5"])
+def test_not_a_tree(config_file: Path, text: str) -> None:
+    assert "tao.yaml:1: expected keys and values, got" in complaint(config_file, text)
+
+
+def test_bad_yaml_names_the_line(config_file: Path) -> None:
+    assert complaint(config_file, "model: tiny\nprompts: {path: x\nscorers: 1\n").startswith("tao.yaml:3: not valid")
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("model: tiny # grün\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: expected UTF-8 text, byte 17"):
+        load_config(tmp_path / "latin.yaml")
+
+
+class TestSet:
+    def test_values_are_yaml_and_the_last_one_wins(self, config_file: Path) -> None:
+        overrides = ["train.epochs=3", "train.epochs=4", "train.lora.rank=2", "generate.stop=['\\n', END]", "seed=7"]
+        config = load_config(config_file, overrides)
+        assert (config.train.epochs, config.train.lora.rank, config.seed) == (4, 2, 7)
+        assert config.generate.stop == ["\\n", "END"]
+
+    def test_items_of_a_list(self, config_file: Path) -> None:
+        config = load_config(config_file, ["scorers.1.weight=0.5", "scorers.0={type: exact, args: {key: a}}"])
+        assert config.scorers[1].weight == 0.5
+        assert config.scorers[0].type == "exact"
+
+    def test_a_value_with_an_equals_sign(self, config_file: Path) -> None:
+        assert load_config(config_file, ["prompts.path=a=b.jsonl"]).prompts.path == "a=b.jsonl"
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("train.epochs", "--set train.epochs: expected KEY=VALUE, e.g. train.epochs=2"),
+            ("train.epoch=2", "tao.yaml:10: train.epoch: unknown key"),
+            ("train.epochs=two", "tao.yaml:12: train.epochs: Input should be a valid integer"),
+            ("model.name=x", "--set model.name=x: model is not a section"),
+            ("scorers.7.weight=1", "--set scorers.7.weight=1: 7: expected an item of the list, 0 to 1"),
+            ("scorers.first=1", "--set scorers.first=1: first: expected an item of the list, 0 to 1"),
+            ("scorers.-1=1", "--set scorers.-1=1: -1: expected an item of the list, 0 to 1"),
+            ("seed=[1", "--set seed=[1: the value is not valid YAML"),
+        ],
+    )
+    def test_mistakes(self, config_file: Path, override: str, expected: str) -> None:
+        assert expected in complaint(config_file, GOOD, override)
+
+
+class TestChecksOverSeveralKeys:
+    def test_audit_that_is_also_a_scorer(self, config_file: Path) -> None:
+        audit = "audit:\n  type: length\n  name: another name\n  args: {max: 20}\n"
+        expected = "tao.yaml:13: audit: must differ from every training scorer, or it judges what it taught"
+        assert complaint(config_file, GOOD + audit) == expected
+        config_file.write_text(GOOD + audit.replace("max: 20", "max: 30"))
+        assert load_config(config_file).audit is not None
+
+    @pytest.mark.parametrize(
+        "generate",
+        [
+            "{top_p: 0.9}",
+            "{top_k: 40}",
+            "{strategies: [{name: plain}, {name: think, template: '{prompt} Think.'}]}",
+            "{strategies: [{name: prefix, answer_prefix: Sure}]}",
+        ],
+    )
+    def test_online_needs_the_policys_own_samples(self, config_file: Path, generate: str) -> None:
+        text = GOOD.replace("regress", "online") + f"generate: {generate}\n"
+        message = complaint(config_file, text)
+        assert message.startswith("tao.yaml:11: train.objective: importance weights of online need top_p 1, top_k 0")
+        config_file.write_text(GOOD + f"generate: {generate}\n")
+        assert load_config(config_file)  # the other objectives do not mind
+
+    def test_online_alone_is_fine(self, config_file: Path) -> None:
+        assert load_config(config_file, ["train.objective=online"]).train.objective == "online"
+
+    def test_strategies(self, config_file: Path) -> None:
+        text = GOOD + "generate:\n  strategies: [{name: a}, {name: a}]\n"
+        assert "tao.yaml:14: generate.strategies: strategy names must differ" in complaint(config_file, text)
+        text = GOOD + "generate:\n  strategies:\n  - {name: a, template: Think.}\n"
+        assert "tao.yaml:15: generate.strategies.0.template: must contain {prompt}" in complaint(config_file, text)
+
+
+def test_learning_rate_depends_on_the_method(config_file: Path) -> None:
+    assert load_config(config_file).train.lr == 1e-5
+    assert load_config(config_file, ["train.method=lora"]).train.lr == 2e-4
+    assert load_config(config_file, ["train.learning_rate=0.5"]).train.lr == 0.5

@@ -1,0 +1,367 @@
+"""The whole method on a tiny random model: what it leaves behind, resume, and what must end in "keep base"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config, write_prompts
+
+from opentao import loop
+from opentao.config import Config
+from opentao.engines.fake import FakeEngine
+from opentao.errors import StoreError
+from opentao.objectives import OBJECTIVES, Objective
+from opentao.progress import Progress
+from opentao.store import Run, table_to_groups
+from opentao.summary import Summary, read
+from opentao.types import Group, Prompt, SamplingPlan
+
+STAGES = {"generate", "score", "train", "evaluate"}
+Tree = dict[str, Any]
+
+
+@dataclass
+class Case:
+    """One finished run."""
+
+    config: Config
+    directory: Path
+    summary: Tree
+    notes: list[str]
+
+    def files(self) -> dict[str, tuple[int, bytes]]:
+        """Everything that is made once: shards and policies, by name, with time and content."""
+        found = [p for p in self.directory.rglob("*") if p.suffix in (".parquet", ".safetensors")]
+        return {str(p.relative_to(self.directory)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(found)}
+
+
+def go(directory: Path, tree: Tree, **args: Any) -> Case:
+    config = Config.model_validate(tree)
+    progress = Progress(quiet=True)
+    return Case(config, directory, loop.run(config, directory, progress, **args), progress.notes)
+
+
+def scored_by(tree: Tree, function: str) -> Tree:
+    scorer = {"type": "python", "name": "judge", "args": {"function": f"toy_scorers:{function}"}}
+    return tree | {"scorers": [scorer]}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture
+def tree(tiny_model_dir: Path, prompts: Path) -> Tree:
+    """A small run: one round, few responses."""
+    return tiny_config(tiny_model_dir, prompts) | {
+        "rounds": 1,
+        "prompts_per_round": 6,
+        "generate": {"group_size": 4, "max_new_tokens": 8, "shard_prompts": 4, "batch_responses": 16},
+        "evaluate": {"base_group_size": 4, "group_size": 2, "bootstrap": 200},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Two rounds that learn."""
+    return go(tmp_path_factory.mktemp("run") / "run", tiny_config(tiny_model_dir, prompts))
+
+
+def means(value: Any, where: str = "") -> Iterator[tuple[str, Tree]]:
+    """Every object with a key "mean", with its place."""
+    if isinstance(value, dict):
+        if "mean" in value:
+            yield where, value
+        for key, inner in value.items():
+            yield from means(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from means(inner, f"{where}.{i}")
+
+
+class TestWhatARunLeaves:
+    def test_files(self, finished: Case) -> None:
+        there = {str(p.relative_to(finished.directory)) for p in finished.directory.rglob("*") if p.is_file()}
+        expected = {"config.yaml", "manifest.jsonl", "summary.json", "report.html", "set_aside.jsonl"}
+        expected |= {"prompts/train.parquet", "prompts/heldout.parquet"}
+        for k in (1, 2):
+            expected |= {f"round-{k}/{name}/00000.parquet" for name in ("groups", "scores")}
+            expected |= {
+                f"round-{k}/policy/model.safetensors",
+                f"round-{k}/policy/config.json",
+                f"round-{k}/steps.json",
+            }
+        expected |= {f"round-{k}/eval.json" for k in (0, 1, 2)}
+        assert expected <= there
+        assert not [name for name in there if "checkpoint" in name or name.endswith(".part")]
+
+    def test_summary_has_the_contracts_keys(self, finished: Case) -> None:
+        summary = json.loads((finished.directory / "summary.json").read_text())
+        assert summary == finished.summary
+        assert read(Summary, finished.directory / "summary.json").best_round == summary["best_round"]
+        assert {"model", "rounds", "base", "verdict", "why"} <= set(summary)
+        keys = {"round", "first_try", "best_of", "audit", "kl", "baked_fraction", "tokens", "seconds"}
+        for round_ in (summary["base"], *summary["rounds"]):
+            assert keys <= set(round_)
+            assert set(round_["seconds"]) == set(round_["tokens"]) == STAGES
+        assert [r["round"] for r in summary["rounds"]] == [1, 2]
+        assert list(summary["base"]["best_of"]) == ["1", "2", "4", "8"]
+
+    def test_every_mean_has_an_interval_and_n(self, finished: Case) -> None:
+        found = dict(means(finished.summary))
+        assert len(found) > 30
+        for where, value in found.items():
+            assert set(value) == {"mean", "low", "high", "n"}, where
+            assert value["n"] == finished.summary["prompts"]["heldout"], where
+            assert value["low"] <= value["mean"] <= value["high"], where
+
+    def test_it_learned(self, finished: Case) -> None:
+        summary = finished.summary
+        assert summary["verdict"] == "promote"
+        assert summary["best_round"] == 2
+        assert summary["policy"] == "round-2/policy"
+        assert summary["rounds"][1]["first_try"]["low"] > summary["base"]["first_try"]["high"]
+        assert summary["rounds"][1]["improvement"]["low"] > 0
+        assert summary["rounds"][1]["kl"]["mean"] > 0
+        assert summary["unscored"] == {}
+        assert summary["failures"] == {}
+
+    def test_best_of_one_is_the_first_try(self, finished: Case) -> None:
+        for round_ in (finished.summary["base"], *finished.summary["rounds"]):
+            assert round_["best_of"]["1"]["mean"] == pytest.approx(round_["first_try"]["mean"])
+            curve = [m["mean"] for m in round_["best_of"].values()]
+            assert curve == sorted(curve)
+
+    def test_heldout_prompts_are_never_trained_on(self, finished: Case) -> None:
+        with Run(finished.directory, read_only=True) as run:
+            ids = {
+                side: {g.prompt.id for name in run.names(side) for g in table_to_groups(run.read_table(name))}
+                for side in ("round-1/groups/", "round-2/groups/", "round-0/eval/groups/")
+            }
+        one, two, heldout = ids.values()
+        assert not (one | two) & heldout
+        assert len(one) == len(two) == 12
+        assert len(one | two) == 23  # rounds take turns through the training prompts and start again at the end
+
+    def test_responses_say_where_they_come_from(self, finished: Case) -> None:
+        with Run(finished.directory, read_only=True) as run:
+            groups = [g for n in run.names("round-2/groups/") for g in table_to_groups(run.read_table(n))]
+        assert {r.policy for g in groups for r in g.responses} == {finished.summary["rounds"][0]["policy"]}
+        assert len({r.id for g in groups for r in g.responses}) == 8 * len(groups)
+
+
+class NoEngine:
+    """An engine that must not be asked."""
+
+    def load(self, policy: Any) -> None:
+        raise AssertionError("loaded")
+
+    def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
+        raise AssertionError("sampled")
+
+
+class TestResume:
+    def test_again_makes_nothing(self, finished: Case) -> None:
+        before = finished.files()
+        again = go(finished.directory, finished.config.model_dump(mode="json"), engine=NoEngine())
+        assert again.files() == before
+        assert again.summary == finished.summary
+
+    def test_elsewhere_makes_the_same_bytes(self, finished: Case, tmp_path: Path) -> None:
+        again = go(tmp_path / "other", finished.config.model_dump(mode="json"))
+        assert {n: b for n, (_, b) in again.files().items()} == {n: b for n, (_, b) in finished.files().items()}
+
+    def test_only_what_changed_is_made_again(self, tree: Tree, tmp_path: Path) -> None:
+        first = go(tmp_path / "run", tree).files()
+        second = go(tmp_path / "run", scored_by(tree, "chance")).files()
+        same = {name for name in first if first[name] == second.get(name)}
+        assert {n for n in first if n.startswith(("round-1/groups/", "round-0/eval/groups/", "prompts/"))} <= same
+        assert "round-1/scores/00000.parquet" not in same
+        assert "round-1/policy/model.safetensors" not in same
+
+    def test_fewer_prompts_leave_no_stale_shards(self, tree: Tree, tmp_path: Path) -> None:
+        go(tmp_path / "run", tree)
+        go(tmp_path / "run", tree | {"prompts_per_round": 3})
+        with Run(tmp_path / "run", read_only=True) as run:
+            assert run.names("round-1/groups/") == ["round-1/groups/00000.parquet"]
+
+    def test_damaged_shard_is_made_again(self, tree: Tree, tmp_path: Path) -> None:
+        case = go(tmp_path / "run", tree)
+        before = case.files()
+        (tmp_path / "run/round-1/groups/00000.parquet").write_bytes(b"rubbish")
+        go(tmp_path / "run", tree)
+        assert {n: b for n, (_, b) in case.files().items()} == {n: b for n, (_, b) in before.items()}
+
+    def test_another_task_is_refused(self, tree: Tree, tmp_path: Path) -> None:
+        go(tmp_path / "run", tree)
+        other = write_prompts(tmp_path / "other.jsonl", 20)
+        with pytest.raises(StoreError, match="holds a run of another model or other prompts"):
+            go(tmp_path / "run", tree | {"prompts": {"path": str(other)}})
+
+
+class TestKeepBase:
+    def test_reward_by_chance(self, tree: Tree, tmp_path: Path) -> None:
+        tree["evaluate"] |= {"confidence": 0.99}
+        summary = go(tmp_path, scored_by(tree, "chance")).summary
+        assert summary["rounds"][0]["train"]["steps"] > 0
+        assert summary["verdict"] == "keep base"
+        assert summary["why"].startswith("No round beats the base beyond doubt")
+        assert (summary["best_round"], summary["policy"]) == (0, None)
+
+    def test_scorer_that_always_raises(self, tree: Tree, tmp_path: Path) -> None:
+        case = go(tmp_path, scored_by(tree, "broken"))
+        summary = case.summary
+        assert summary["rounds"][0]["train"] | {"idle": ""} == {
+            "groups": 6, "informative": 0, "steps": 0, "loss_first": None, "loss_last": None, "idle": ""
+        }  # fmt: skip
+        heldout, train = summary["prompts"]["heldout"], 6
+        sampled = 4 + 1 + 4 + 1  # base and unchanged policy: a group and a greedy response a held-out prompt
+        assert summary["unscored"] == {"judge": heldout * sampled + train * 4}
+        assert summary["verdict"] == "keep base"
+        assert summary["why"] == "No step was taken: no response could be scored."
+        assert summary["base"]["first_try"] == {"mean": None, "low": None, "high": None, "n": 0}
+        assert any("no response could be scored: no step taken" in note for note in case.notes)
+        assert not (tmp_path / "round-1/policy").exists()
+        table = rows(tmp_path, "round-1/scores/00000.parquet")
+        assert {row["error"] for row in table if row["scorer"] == "judge"} == {"RuntimeError: the judge is down"}
+
+    def test_equal_scores_everywhere(self, tree: Tree, tmp_path: Path) -> None:
+        case = go(tmp_path, scored_by(tree, "constant"))
+        assert case.summary["why"] == "No step was taken: all rewards are equal in every group."
+        assert case.summary["verdict"] == "keep base"
+        assert case.summary["base"]["first_try"]["mean"] == 0.5
+        assert any("all rewards are equal in every group: no step taken" in note for note in case.notes)
+
+    def test_audit_that_falls(self, tree: Tree, tmp_path: Path) -> None:
+        tree["audit"] = {"type": "contains", "args": {"strings": ["honest"]}}
+        summary = go(tmp_path, scored_by(tree, "letters"), engine=Gamed()).summary
+        assert summary["verdict"] == "keep base"
+        assert summary["why"].startswith("The scorers were gamed")
+
+
+class Gamed(FakeEngine):
+    """The base's answers are honest and score less; a tuned policy's are not, and score more."""
+
+    def __init__(self) -> None:
+        self.loaded: set[str] = set()
+        super().__init__(lambda prompt, seed: "honest" + "1" * (seed % 3) if len(self.loaded) < 2 else "flattery")
+
+    def load(self, policy: Any) -> None:
+        self.loaded.add(policy.hash)
+        super().load(policy)
+
+
+def rows(directory: Path, name: str) -> list[Tree]:
+    with Run(directory, read_only=True) as run:
+        return run.read_table(name).to_pylist()
+
+
+class TestBadInput:
+    def test_group_in_which_nothing_is_scored(self, tree: Tree, tmp_path: Path) -> None:
+        """Prompts that the scorer cannot judge are counted and left out; the others train."""
+        mixed = write_prompts(tmp_path / "p.jsonl", 20, tuple(f"unscorable {w} case" for w in ("one", "two", "three")))
+        tree |= {"prompts": tree["prompts"] | {"path": str(mixed)}, "prompts_per_round": 30}
+        summary = go(tmp_path / "run", scored_by(tree, "letters_or_nothing")).summary
+        train = summary["rounds"][0]["train"]
+        num_unscorable = train["groups"] - train["informative"]
+        assert 0 < num_unscorable <= 3
+        assert train["steps"] > 0
+        assert summary["unscored"]["judge"] >= 4 * num_unscorable
+        assert summary["base"]["first_try"]["n"] == summary["prompts"]["heldout"] - (3 - num_unscorable)
+
+    def test_prompt_longer_than_the_context(self, tree: Tree, tmp_path: Path) -> None:
+        """The tiny model's context is 512 tokens. Such prompts on both sides are counted; the run completes."""
+        long = tuple(f"{word} " * 600 for word in ("parcel", "refund", "order", "link", "mail", "price", "late", "app"))
+        mixed = write_prompts(tmp_path / "p.jsonl", 20, long)
+        tree |= {"prompts": tree["prompts"] | {"path": str(mixed), "max_heldout": 30}, "prompts_per_round": 30}
+        summary = go(tmp_path / "run", tree).summary
+        assert summary["prompts"] == {
+            "train": 28 - summary["prompts"]["heldout"],
+            "heldout": summary["prompts"]["heldout"],
+        }
+        heldout = summary["prompts"]["heldout"] - summary["base"]["first_try"]["n"]
+        assert 0 < heldout < 8  # both sides have some
+        assert summary["failures"] == {"prompt_too_long": 2 * heldout + (8 - heldout)}  # two evaluations, one round
+        assert summary["rounds"][0]["train"]["steps"] > 0
+        assert summary["rounds"][0]["kl"]["n"] == summary["base"]["first_try"]["n"]
+
+    def test_no_audit(self, tree: Tree, tmp_path: Path) -> None:
+        summary = go(tmp_path, tree | {"audit": None}).summary
+        assert summary["audit"] is None
+        assert summary["rounds"][0]["audit"] is None
+
+
+class TestNotANumber:
+    """The loss turns NaN: training stops, the last good policy is kept, the summary says why."""
+
+    @pytest.fixture
+    def nan_from(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], bool]], None]:
+        def install(now: Callable[[], bool]) -> None:
+            good = OBJECTIVES["distill"]
+
+            def loss(credit: Any, totals: Any, config: Any) -> torch.Tensor:
+                value = good.loss(credit, totals, config)
+                return value * float("nan") if now() else value
+
+            monkeypatch.setitem(OBJECTIVES, "distill", Objective(loss, good.choose, good.needs_reference))
+
+        return install
+
+    def test_in_the_first_round(self, tree: Tree, tmp_path: Path, nan_from: Any) -> None:
+        nan_from(lambda: True)
+        case = go(tmp_path, tree)
+        assert case.summary["verdict"] == "keep base"
+        assert case.summary["rounds"] == []
+        assert case.summary["why"].startswith("step 0: loss nan")
+        assert "last good policy kept" in case.summary["why"]
+        assert not (tmp_path / "round-1/policy").exists()
+        assert (tmp_path / "report.html").exists()
+        assert any(note.startswith("round 1: step 0: loss nan") for note in case.notes)
+
+    def test_in_the_second_round_and_then_no_more(
+        self, finished: Case, tmp_path: Path, nan_from: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tree = finished.config.model_dump(mode="json")
+        nan_from((tmp_path / "round-1/policy").exists)
+        case = go(tmp_path, tree)
+        assert [r["round"] for r in case.summary["rounds"]] == [1]
+        assert case.summary["rounds"][0]["policy"] == finished.summary["rounds"][0]["policy"]
+        assert "loss nan" in case.summary["why"]
+        assert not (tmp_path / "round-2/policy").exists()
+        monkeypatch.undo()
+        again = go(tmp_path, tree)
+        assert again.summary["policy_hash"] == finished.summary["policy_hash"]
+        assert again.summary["verdict"] == "promote"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "regress", "row_tokens": 64},
+        {"objective": "prefer"},
+        {"objective": "online"},
+        {"objective": "regress", "method": "lora", "lora": {"rank": 2, "alpha": 4}},
+    ],
+    ids=lambda s: "-".join(str(v) for v in s.values() if isinstance(v, str)),
+)
+def test_every_objective_runs_two_rounds(tree: Tree, tmp_path: Path, settings: Tree) -> None:
+    tree |= {"rounds": 2, "train": {"learning_rate": 1e-2, "prompts_per_step": 2} | settings}
+    case = go(tmp_path, tree)
+    assert [r["train"]["steps"] for r in case.summary["rounds"]] == [3, 3]
+    assert len({r["policy"] for r in (case.summary["base"], *case.summary["rounds"])}) == 3
+    assert go(tmp_path, tree, engine=NoEngine()).summary == case.summary
+
+
+def test_dry_run_with_the_fake_engine(tree: Tree, tmp_path: Path) -> None:
+    """The engine is a plug-in: given answers instead of sampled ones, everything else is real."""
+    engine = FakeEngine(["letters only", "12345", "half 123", "?"])
+    summary = go(tmp_path, tree, engine=engine).summary
+    assert summary["rounds"][0]["train"]["steps"] > 0
+    assert summary["base"]["best_of"]["4"]["mean"] > summary["base"]["first_try"]["mean"]

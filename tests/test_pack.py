@@ -1,0 +1,294 @@
+"""Packed rows against the ordinary forward: values and gradients in float64, plans, fallbacks, the self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import in_float64, plain_logprobs, random_model, random_sequences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opentao import pack
+from opentao.errors import ModelError
+from opentao.pack import (
+    Row,
+    Sequences,
+    check_packing,
+    common_prefix,
+    group_logprobs,
+    plain_rows,
+    plan_rows,
+    row_logprobs,
+    rows_for,
+    shares_prompt,
+    whole_groups,
+)
+
+Shape = list[tuple[int, list[int]]]  # prompt length and the responses' lengths of each group
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=5)), min_size=1, max_size=3
+)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return in_float64(random_model("llama"))
+
+
+def least_row(groups: Sequence[Sequences]) -> int:
+    """The smallest row limit that these groups allow."""
+    return max(len(g.prompt_P) + len(r) for g in groups for r in g.responses_NR)
+
+
+def by_response(rows: list[Row], values: list[list[Tensor]]) -> dict[tuple[int, int], Tensor]:
+    return {o: v for row, own in zip(rows, values, strict=True) for o, v in zip(row.owners, own, strict=True)}
+
+
+def gradients(model: Any, logprobs: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+    """Gradients of a sum in which every token has a weight of its own."""
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for key in sorted(logprobs):
+        weight = torch.randn(len(logprobs[key]), generator=generator, dtype=torch.float64)
+        total = total + (weight * logprobs[key]).sum()
+    return list(torch.autograd.grad(total, list(model.parameters())))
+
+
+def assert_packed_is_plain(
+    model: Any, groups: list[Sequences], rows: list[Row], temperature: float, chunk: int
+) -> None:
+    packed = by_response(rows, [row_logprobs(model, row, temperature, chunk) for row in rows])
+    plain = {(g, i): lp for g, s in enumerate(groups) for i, lp in enumerate(plain_logprobs(model, s, temperature))}
+    assert packed.keys() == plain.keys()
+    for key, expected in plain.items():
+        torch.testing.assert_close(packed[key], expected, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(gradients(model, packed), gradients(model, plain), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    room=st.integers(0, 30),
+    temperature=st.sampled_from([1.0, 0.7]),
+    chunk=st.sampled_from([1, 3, 512]),
+    seed=st.integers(0, 9),
+)
+def test_packed_equals_plain(llama: Any, shape: Shape, room: int, temperature: float, chunk: int, seed: int) -> None:
+    groups = random_sequences(shape, seed)
+    assert_packed_is_plain(llama, groups, plan_rows(groups, least_row(groups) + room), temperature, chunk)
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_tokens", "owners"),
+    [
+        ([(4, [3, 5, 1])], 64, [[(0, 0), (0, 1), (0, 2)]]),  # one group, unequal lengths
+        ([(4, [1, 1, 1])], 64, [[(0, 0), (0, 1), (0, 2)]]),  # nothing but one-token responses
+        ([(1, [2, 2])], 64, [[(0, 0), (0, 1)]]),  # the shortest prompt there is
+        ([(3, [2, 2]), (2, [4]), (5, [1, 3])], 64, [[(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]]),  # groups share a row
+        ([(4, [3, 3, 3, 3, 3])], 10, [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]),  # split; the last row left over
+        ([(4, [3, 3, 3]), (2, [3])], 10, [[(0, 0), (0, 1)], [(0, 2)], [(1, 0)]]),  # 7 + 5 tokens do not fit 10
+        ([(4, [3, 3, 3]), (2, [1])], 10, [[(0, 0), (0, 1)], [(0, 2), (1, 0)]]),  # 7 + 3 do: a split group shares
+    ],
+)
+def test_layouts(llama: Any, shape: Shape, row_tokens: int, owners: list[list[tuple[int, int]]]) -> None:
+    groups = random_sequences(shape)
+    rows = plan_rows(groups, row_tokens)
+    assert [row.owners for row in rows] == owners
+    assert_packed_is_plain(llama, groups, rows, 1.0, 512)
+
+
+def test_a_response_that_was_cut_has_no_special_place() -> None:
+    """With its stop token or cut at max_new_tokens: the last token is trained on like any other."""
+    stopped = Sequences(prompt_P=(5, 6), responses_NR=((7, 8, 2),))
+    cut = Sequences(prompt_P=(5, 6), responses_NR=((7, 8, 9),))
+    [one], [other] = plan_rows([stopped], 9), plan_rows([cut], 9)
+    assert (one.targets, other.targets) == ([7, 8, 2], [7, 8, 9])
+    assert one.sources == other.sources == [1, 2, 3]
+    assert one.ends == [4]
+
+
+def test_row_by_hand() -> None:
+    [row] = plan_rows([Sequences(prompt_P=(5, 6), responses_NR=((7, 8), (9,)))], 9)
+    assert row.tokens_T == [5, 6, 7, 8, 9]
+    assert row.positions_T == [0, 1, 2, 3, 2]
+    assert row.part_T == [0, 0, 1, 1, 2]
+    assert row.sources == [1, 2, 1]  # the prompt's last token predicts the first of each response
+    assert row.targets == [7, 8, 9]
+    assert row.ends == [3, 4]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=shapes, room=st.integers(0, 40))
+def test_plans_hold_every_response_once_and_keep_the_limit(shape: Shape, room: int) -> None:
+    groups = random_sequences(shape)
+    limit = least_row(groups) + room
+    rows = plan_rows(groups, limit)
+    assert [o for row in rows for o in row.owners] == [(g, i) for g, (_, R) in enumerate(shape) for i in range(len(R))]
+    assert all(0 < len(row.tokens_T) <= limit for row in rows)
+    for row in rows:
+        assert row.sizes == [len(groups[g].responses_NR[i]) for g, i in row.owners]
+        assert row.targets == [t for g, i in row.owners for t in groups[g].responses_NR[i]]
+        assert all(
+            row.tokens_T[e] == groups[g].responses_NR[i][-1] for e, (g, i) in zip(row.ends, row.owners, strict=True)
+        )
+
+
+@given(shape=shapes, room=st.integers(1, 60))
+def test_whole_groups_are_never_split(shape: Shape, room: int) -> None:
+    groups = random_sequences(shape)
+    batches = whole_groups(groups, room)
+    assert [i for batch in batches for i in batch] == list(range(len(groups)))
+    assert all(len(batch) == 1 or sum(groups[i].num_tokens for i in batch) <= room for batch in batches)
+
+
+def test_what_cannot_fit_a_row_is_an_error() -> None:
+    groups = random_sequences([(4, [2, 7])])
+    with pytest.raises(ValueError, match=r"prompt of 4 and a response of 7 tokens do not fit row_tokens = 10"):
+        plan_rows(groups, 10)
+
+
+def test_rows_for_widens_the_row_to_the_longest_response(llama: Any) -> None:
+    rows = rows_for(llama, random_sequences([(4, [2, 7, 1])]), 5)
+    assert [len(row.tokens_T) for row in rows] == [6, 11, 5]
+
+
+def test_no_groups_no_rows(llama: Any) -> None:
+    assert plan_rows([], 8) == [] == plain_rows([])
+    assert list(group_logprobs(llama, [])) == []
+
+
+@pytest.mark.parametrize("row_tokens", [1, 12, 25, 2048])
+def test_group_logprobs_come_in_order_whatever_the_rows(llama: Any, row_tokens: int) -> None:
+    groups = random_sequences([(4, [3, 5, 1]), (2, [6]), (6, [2, 2, 2, 2])])
+    found = list(group_logprobs(llama, groups, row_tokens=row_tokens, temperature=0.7))
+    assert [g for g, _ in found] == [0, 1, 2]
+    for g, logprobs in found:
+        for ours, theirs in zip(logprobs, plain_logprobs(llama, groups[g], 0.7), strict=True):
+            torch.testing.assert_close(ours, theirs.detach())
+            assert not ours.requires_grad
+
+
+def test_packing_leaves_the_model_as_it_was(llama: Any) -> None:
+    before = llama.config._attn_implementation
+    row_logprobs(llama, plan_rows(random_sequences([(4, [3, 5])]), 64)[0])
+    assert llama.config._attn_implementation == before != pack.PACKED_ATTENTION
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([(1, 2, 3), (1, 2)]) == 2
+    assert common_prefix([(1,), (2,)]) == 0
+    assert common_prefix([(4, 5)]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- families
+
+PACKED = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "gemma",
+    "gemma3_text",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "cohere",
+    "granite",
+    "deepseek_v2",
+]
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packing_is_exact_for(family: str) -> None:
+    """Also heads with a scale after them (cohere, granite) and values narrower than keys (deepseek)."""
+    model = random_model(family)
+    groups = random_sequences([(6, [3, 5, 1]), (3, [4, 2])])
+    assert shares_prompt(model, 64)
+    [row] = rows_for(model, groups, 64)
+    with torch.no_grad():
+        packed = by_response([row], [row_logprobs(model, row)])
+        for g, sequences in enumerate(groups):
+            for i, expected in enumerate(plain_logprobs(model, sequences)):
+                # deepseek turns its keys in float32, whatever the model's precision
+                torch.testing.assert_close(packed[g, i], expected, atol=1e-6 if "deepseek" in family else 1e-10, rtol=0)
+
+
+NOT_SHARED = {
+    "gemma2": {},  # caps attention scores
+    "mamba": {},  # state space
+    "mamba2": {},
+    "lfm2": {},  # convolutions
+    "qwen3_next": {},  # linear attention
+    "bloom": {},  # does not go through the attention interface, ALiBi
+    "gpt_oss": {},  # attention sinks
+    "mistral": {"sliding_window": 8},  # shorter than the row
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("family", NOT_SHARED)
+def test_the_plain_layout_where_prompts_cannot_be_shared(family: str) -> None:
+    dtype = torch.float32 if family in ("mamba", "mamba2", "qwen3_next", "gpt_oss") else torch.float64
+    model = random_model(family, dtype, **NOT_SHARED[family])
+    groups = random_sequences([(6, [3, 5, 1]), (3, [4, 2])])
+    assert not shares_prompt(model, 16)
+    assert all(len(row.owners) == 1 for row in rows_for(model, groups, 16))
+    with torch.no_grad():
+        for g, logprobs in group_logprobs(model, groups, row_tokens=16):
+            for ours, theirs in zip(logprobs, plain_logprobs(model, groups[g]), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_as_wide_as_the_row_is_no_window() -> None:
+    model = random_model("mistral", sliding_window=16)
+    assert shares_prompt(model, 16)
+    assert not shares_prompt(model, 17)
+    assert shares_prompt(random_model("qwen2", use_sliding_window=False, sliding_window=8), 1000)
+
+
+# ---------------------------------------------------------------------------------------------------- the self-check
+
+
+def test_check_passes_on_a_sound_model(llama: Any) -> None:
+    [sequences] = random_sequences([(6, [3, 5, 1])])
+    assert check_packing(llama, sequences) < 1e-5
+
+
+def test_check_stops_on_a_wrong_mask(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaking(pack.GroupLayout):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.mask = torch.ones_like(self.mask)  # a token sees the ones after it
+
+    monkeypatch.setattr(pack, "GroupLayout", Leaking)
+    [sequences] = random_sequences([(6, [3, 5, 1])])
+    with pytest.raises(ModelError, match=r"llama: packed and plain log-probs differ by [\d.]+ nats \(allowed 0.01\)"):
+        check_packing(llama, sequences)
+    assert llama.config._attn_implementation != pack.PACKED_ATTENTION
+
+
+def test_check_stops_on_nan() -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    [sequences] = random_sequences([(6, [3, 5])])
+    with pytest.raises(ModelError, match="differ by nan nats"):
+        check_packing(model, sequences)
+
+
+def test_an_attention_that_is_not_told_of_the_layout_is_an_error() -> None:
+    """Some families take our attention but do not hand arguments on to it."""
+    model = random_model("nemotron")
+    assert not shares_prompt(model, 16)
+    [row] = plan_rows(random_sequences([(4, [3, 5])]), 64)
+    with pytest.raises(ModelError, match="nemotron: does not hand arguments to its attention"):
+        row_logprobs(model, row)

@@ -1,0 +1,235 @@
+"""The report: what it says, that hostile text stays text, and that it needs no network."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from run_files import HOSTILE, NOTHING, evaluation, hostile_run, mean, summary, write_run
+
+from opentao.errors import DataError
+from opentao.report import MOST_CHARACTERS, equal_k, write_report
+from opentao.summary import Mean
+
+VOID = {"meta", "br", "img", "link", "input", "hr", "base", "line", "circle", "polyline", "polygon"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element closed, in order. Keeps tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def report(directory: Path) -> Page:
+    return Page(write_report(directory).read_text(encoding="utf-8"))
+
+
+def test_promoted_run(tmp_path):
+    text = report(write_run(tmp_path, summary())).text
+    for expected in (
+        "Promote round 2",
+        "First try by reward rose from 0.14 to 0.74, and the audit rose with it",
+        "its first try is worth the best of 6.1 tries of the base",
+        "0.14 → 0.74",
+        "0.08 to 0.20 before, 0.68 to 0.80 after, n = 64",
+        "+0.60 on the same prompts (0.53 to 0.67)",
+        "0.21 → 0.66",
+        "94 %",
+        "85 to 103 %, n = 64",
+        "574,482 tokens, 2 rounds",
+        "n = 64 held-out prompts; bands and bars are 95 % bootstrap intervals over the prompts",
+        "majority class",
+        "picked by reward",
+        "k = 6.1",
+        "27 of 32",
+        "1.412 → 0.683",
+        "Chosen at random with seed 0",
+        "3 rows of the input could not be read, 1 group failed, and 4 scores could not be given",
+        "`prompt` is empty",
+        "prompt_too_long",
+        "tickets.jsonl",
+        "model: smollm2-135m-instruct",
+    ):
+        assert expected in text
+
+
+def test_pictures(tmp_path):
+    page = report(write_run(tmp_path, summary()))
+    assert page.tags.count("svg") == 5  # reward and audit curves; reward, audit and KL by round
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert "Reward of the best of k tries, before and after" in labels
+
+
+def test_ten_pairs_fall_as_they_fall(tmp_path):
+    numbers, evals = summary(), {k: evaluation(k, 0.5, num_prompts=12) for k in range(3)}
+    rewards = [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (None, 0.5)] * 3
+    for i, (before, after) in enumerate(rewards):
+        evals[0]["samples"][i]["responses"][0]["reward"] = before
+        evals[2]["samples"][i]["responses"][0]["reward"] = after
+    page = report(write_run(tmp_path, numbers, evals))
+    assert page.tags.count("article") == 10
+    assert "3 better, 3 worse, 3 equal, 3 not scored on both sides on all 12 prompts" in page.text
+    assert "reward unscored" in page.text
+
+
+def test_the_same_ten_prompts_however_they_came_out(tmp_path):
+    def prompts(name: str, quality: float) -> list[str]:
+        evals = {k: evaluation(k, quality) for k in range(3)}
+        html = write_report(write_run(tmp_path / name, summary(), evals)).read_text(encoding="utf-8")
+        return re.findall(r"\(ticket \d+\)", html)
+
+    assert prompts("a", 0.1) == prompts("b", 0.9)
+    assert len(prompts("a", 0.1)) == 10
+
+
+def test_fewer_than_ten_prompts_and_no_response(tmp_path):
+    evals = {k: evaluation(k, 0.5, num_prompts=1) for k in range(3)}
+    evals[2]["samples"][0]["responses"] = []
+    evals[0]["samples"][0]["responses"][0]["text"] = "y" * (MOST_CHARACTERS + 1234)
+    text = report(write_run(tmp_path, summary(), evals)).text
+    assert "1 held-out prompt, side by side" in text
+    assert "(no response)" in text
+    assert "(1,234 more characters)" in text
+
+
+def test_keep_base_without_audit(tmp_path):
+    numbers = summary(3) | {"verdict": "keep base", "best_round": 0, "why": "No round beat the base.", "audit": None}
+    numbers |= {"baselines": [], "set_aside": {"rows": 0, "reasons": {}}, "unscored": {}, "failures": {}}
+    for r in (numbers["base"], *numbers["rounds"]):
+        r["audit"] = None
+    numbers["rounds"][1]["first_try"] = mean(0.97)
+    page = report(write_run(tmp_path, numbers))
+    assert "Keep the base" in page.text
+    assert "No round beat the base." in page.text
+    assert "“After” is round 2, the best round that was tried; it is not kept." in page.text
+    assert "above the base’s best of 16, the most that was measured" in page.text
+    assert "No audit scorer was set" in page.text
+    assert "Nothing: every row was read" in page.text
+    assert page.tags.count("svg") == 3
+
+
+def test_worse_than_the_base(tmp_path):
+    numbers = summary(1) | {"verdict": "keep base", "best_round": 0}
+    numbers["rounds"][0] |= {"first_try": mean(0.05), "improvement": mean(-0.09, 0.02)}
+    page = report(write_run(tmp_path, numbers))
+    assert "its first try is below the base’s" in page.text
+    assert "−0.09 on the same prompts (−0.11 to −0.07)" in page.text
+    assert ("class", "bad") in page.attributes
+
+
+def test_no_rounds(tmp_path):
+    page = report(write_run(tmp_path, summary(0)))
+    assert "Keep the base" in page.text
+    assert "side by side" not in page.text
+    assert "→" not in page.text
+    assert page.tags.count("svg") == 2
+
+
+def test_nothing_measured_is_a_dash_never_a_zero(tmp_path):
+    numbers = summary()
+    numbers["rounds"][1] |= {"kl": NOTHING, "first_try": {**NOTHING, "mean": math.nan}, "improvement": None}
+    numbers["rounds"][1] |= {"best_of": {"1": NOTHING}, "baked_fraction": NOTHING, "audit": None, "train": None}
+    numbers["base"]["audit"]["selected_of"] = {}
+    text = report(write_run(tmp_path, numbers)).text
+    assert "0.14 → –" in text
+    assert "Baked fraction – –, n = 0" in text
+
+
+def test_rewards_on_any_scale(tmp_path):
+    numbers = summary(1)
+    for r in (numbers["base"], numbers["rounds"][0]):
+        r["best_of"] = {"1": mean(-7.25, 1.0), "2": mean(-6.5, 1.0), "3": mean(12.0, 30.0)}
+        r["first_try"] = mean(-7.25, 1.0)
+    text = report(write_run(tmp_path, numbers)).text
+    assert "−7.25 → −7.25" in text
+    assert "−8.25 to −6.25" in text
+
+
+def test_set_aside_file_is_optional_config_too(tmp_path):
+    write_run(tmp_path, summary())
+    (tmp_path / "set_aside.jsonl").unlink()
+    (tmp_path / "config.yaml").unlink()
+    text = report(tmp_path).text
+    assert "from set_aside.jsonl" not in text
+    assert "whole configuration" not in text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "round-0/eval.json", "round-2/eval.json"])
+def test_a_missing_file_is_named(name, tmp_path):
+    write_run(tmp_path, summary())
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_broken_set_aside_row_is_named(tmp_path):
+    write_run(tmp_path, summary())
+    (tmp_path / "set_aside.jsonl").write_text(json.dumps({"file": "x"}))
+    with pytest.raises(DataError, match=r"set_aside\.jsonl: expected rows with file, line and reason"):
+        write_report(tmp_path)
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    write_run(tmp_path, summary())
+    assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
+
+
+def test_hostile_text_stays_text(tmp_path):
+    page = report(hostile_run(tmp_path))
+    assert not {"script", "img", "a", "base", "link", "iframe", "object", "form"} & set(page.tags)
+    assert [name for name, _ in page.attributes if name.startswith("on") or name in {"href", "src", "srcset"}] == []
+    policies = [value for name, value in page.attributes if name == "http-equiv"]
+    assert policies == ["Content-Security-Policy"]
+    shown = " ".join(HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e").split())
+    assert shown in page.text
+    assert page.text.count(r"x</a>") > 20
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page.text)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_needs_no_network(rounds, tmp_path):
+    html = write_report(write_run(tmp_path, summary(rounds))).read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link", html, re.IGNORECASE)
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
+
+
+def test_equal_k_is_interpolated_in_log2():
+    curve = {k: Mean(mean=m, low=None, high=None, n=9) for k, m in {1: 0.0, 2: 0.4, 4: 0.6, 8: None}.items()}
+    assert equal_k(curve, 0.0) == 1
+    assert equal_k(curve, 0.4) == 2
+    assert equal_k(curve, 0.5) == pytest.approx(2**1.5)
+    assert equal_k(curve, -0.1) is None
+    assert equal_k(curve, 0.61) is None
+    assert equal_k(curve, math.nan) is None
