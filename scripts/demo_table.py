@@ -35,9 +35,8 @@ def row(summary: dict[str, Any]) -> str:
 
 
 def _span(mean: dict[str, Any]) -> str:
-    if mean["mean"] is None:
-        return "–"
-    return f"{mean['mean']:.2f} ({mean['low']:.2f} to {mean['high']:.2f})"
+    mean_, low, high = ("–" if mean[k] is None else f"{mean[k]:.2f}" for k in ("mean", "low", "high"))
+    return f"{mean_} ({low} to {high})"
 
 
 def main() -> None:

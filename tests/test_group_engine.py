@@ -431,14 +431,14 @@ def test_no_prompts_and_no_policy() -> None:
 def test_both_decoders_give_the_same_tokens(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     set_stops(engine, MANY_STOPS)
     greedy = SamplingPlan(group_size=6, temperature=0, max_new_tokens=16, strategies=NEAR)
-    plans = [greedy, replace(greedy, temperature=1.0, strategies=FAR)]
+    plans = [greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, strategies=FAR)]
     shared = [sampled(engine, plan) for plan in plans]
     used: list[str] = []
     real = PlainDecoder.prefill
     monkeypatch.setattr(PlainDecoder, "prefill", lambda *args: used.append("plain") or real(*args))
     monkeypatch.setattr(engine_module, "shares_prompt", lambda model, length: False)
     plain = [sampled(engine, plan) for plan in plans]
-    assert used == ["plain", "plain"]
+    assert used == ["plain"] * 3
     for ours, theirs, plan in zip(plain, shared, plans, strict=True):
         assert tokens_of(ours) == tokens_of(theirs)
         assert_learner_agrees(engine, plan, ours)

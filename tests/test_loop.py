@@ -206,6 +206,39 @@ class TestResume:
             go(tmp_path / "run", tree | {"prompts": {"path": str(other)}})
 
 
+class Killed(BaseException):
+    """Nobody handles this one."""
+
+
+def test_dies_around_every_entry_of_the_manifest(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the file in place and not yet in the manifest, once right after. `scripts/kill_test.py` kills."""
+    enter, died = Run._enter, set[tuple[str, str]]()
+
+    def die(moment: str, name: str) -> None:
+        if (moment, name) not in died:
+            died.add((moment, name))
+            raise Killed
+
+    def dying(self: Run, entry: Tree) -> None:
+        die("before", entry["path"])
+        enter(self, entry)
+        die("after", entry["path"])
+
+    tree |= {"prompts_per_round": 3, "train": tree["train"] | {"epochs": 1, "save_every_steps": 1}}
+    whole = go(tmp_path / "whole", tree)
+    monkeypatch.setattr(Run, "_enter", dying)
+    for _ in range(100):
+        try:
+            again = go(tmp_path / "killed", tree)
+            break
+        except Killed:
+            pass
+    assert len(died) >= 2 * 15
+    assert {n: b for n, (_, b) in again.files().items()} == {n: b for n, (_, b) in whole.files().items()}
+    assert again.summary["policy_hash"] == whole.summary["policy_hash"]
+    assert again.summary["rounds"][0]["train"] == whole.summary["rounds"][0]["train"]
+
+
 class TestKeepBase:
     def test_reward_by_chance(self, tree: Tree, tmp_path: Path) -> None:
         tree["evaluate"] |= {"confidence": 0.99}

@@ -70,7 +70,7 @@ def weights(scores_N: ArrayLike, n: float) -> Floats:
     Returns:
         [N] weights that sum to 1 over the scored responses; NaN where unscored.
 
-    Source: DESIGN.md section 3; the distribution function of a maximum, F^n, taken on the empirical distribution.
+    Source: docs/method.md; the distribution function of a maximum, F^n, taken on the empirical distribution.
 
     >>> weights([0.1, 0.9], 2).tolist()
     [0.25, 0.75]
@@ -97,7 +97,7 @@ def target_log_ratio(scores_N: ArrayLike, n: float, floor: float) -> Floats:
     Returns:
         [N] nats; exact zeros if all scores are equal; NaN where unscored.
 
-    Source: DESIGN.md section 3.
+    Source: docs/method.md.
 
     >>> target_log_ratio([0.1, 0.9], 2, floor=5.0).round(4).tolist()  # log 0.5, log 1.5
     [-0.6931, 0.4055]
@@ -146,7 +146,7 @@ def best_of_k(scores_N: ArrayLike, k: int) -> float:
 
     the mean of the maximum over all subsets of size k (drawn without replacement).
 
-    Source: DESIGN.md section 3; with 0/1 scores it is pass@k of Chen et al. 2021, arXiv:2107.03374, equation 1.
+    Source: docs/method.md; with 0/1 scores it is pass@k of Chen et al. 2021, arXiv:2107.03374, equation 1.
 
     Raises:
         ValueError: k < 1, or fewer than k scored responses.
@@ -154,7 +154,14 @@ def best_of_k(scores_N: ArrayLike, k: int) -> float:
     >>> best_of_k([1.0, 2.0, 5.0], 2)  # pairs (1,2), (1,5), (2,5): (2 + 5 + 5) / 3
     4.0
     """
-    return float(np.nansum(selection_probabilities(scores_N, k) * np.asarray(scores_N, dtype=np.float64)))
+    scores = np.asarray(scores_N, dtype=np.float64)
+    ordered = np.sort(scores[~np.isnan(scores)])
+    num_scored = len(ordered)
+    if not 1 <= k <= num_scored:
+        raise ValueError(f"best of {k} needs 1 <= k <= number of scored responses, which is {num_scored}")
+    subsets = math.comb(num_scored, k)  # exact integers: a quotient of factorials overflows from 171 responses
+    shares = [math.comb(i, k - 1) / subsets for i in range(k - 1, num_scored)]
+    return float(np.dot(shares, ordered[k - 1 :]))
 
 
 def best_of_curve(scores_N: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
@@ -291,7 +298,7 @@ def baked_fraction(
     Args:
         tuned_first_P, base_first_P, base_best_P: [P] mean first-try and best-of-N scores; same prompts, same order.
 
-    Source: DESIGN.md section 3.
+    Source: docs/method.md.
     """
     columns = _columns(tuned_first_P, base_first_P, base_best_P)
     return bootstrap(columns, _fraction, confidence=confidence, resamples=resamples, seed=seed)

@@ -103,7 +103,7 @@ class ScorerConfig(Node):
 
     type: str
     name: str | None = Field(None, description="how its scores are called; defaults to the type")
-    weight: float = Field(1.0, description="its share in the reward")
+    weight: float = Field(1.0, allow_inf_nan=False, description="its share in the reward")
     args: dict[str, Any] = Field({}, description="passed to the scorer")
 
     @property
@@ -169,6 +169,10 @@ class Config(Node):
     @model_validator(mode="after")
     def _check(self) -> Config:
         labels = [s.label for s in self.scorers]
+        if taken := {"reward", "audit"} & set(labels):
+            raise ValueError(f"scorers: {taken.pop()!r} is a column of the score files; give another `name`")
+        if all(s.weight == 0 for s in self.scorers):
+            raise ValueError("scorers: at least one weight must not be 0")
         if len(set(labels)) < len(labels):
             raise ValueError(f"scorers: names must differ, got {labels}; give each a `name`")
         if self.audit and any((s.type, s.args) == (self.audit.type, self.audit.args) for s in self.scorers):

@@ -61,7 +61,7 @@ SCHEMA = {
 NUM_PREFERENCE_TICKETS = 96
 NUM_TRAIN_TICKETS = 64
 NUM_HELDOUT_TICKETS = 32
-REWARD_TRAINING = RewardTraining(lr=3e-5, epochs=1, rankings_per_step=4)
+REWARD_TRAINING = RewardTraining(lr=1e-4, epochs=2, rankings_per_step=2)
 
 
 def messages_of(ticket: str) -> tuple[dict[str, str], ...]:
@@ -113,7 +113,7 @@ def config_of(directory: Path, seed: int) -> Config:
                     {"name": "plain"},
                 ],
             },
-            "train": {"objective": "distill", "target_n": 32, "prompts_per_step": 4},
+            "train": {"objective": "distill", "target_n": 32, "learning_rate": 3e-5, "prompts_per_step": 4},
             "evaluate": {"base_group_size": 16, "group_size": 4, "kl_responses": 1},
         }
     )
@@ -140,21 +140,18 @@ def _prompt(row: dict[str, str]) -> Prompt:
 
 
 def prefer(group: Group, judge: Callable[[Group], list[int]]) -> Ranking | None:
-    """What a person who knows the answer would say of a group: ranks of up to three diverse responses.
+    """What a person who knows the answer would say of a group: the right response before up to three wrong ones.
 
-    `judge` gives each response's grade, 2 right, 1 wrong category, 0 not the asked JSON. A group without a right
-    response teaches form only and is passed over.
+    `judge` gives each response's grade: 2 right, 1 wrong category, 0 not the asked JSON. A group without a right
+    response would teach form only, and the schema scorer knows the form: it is passed over, as are broken responses.
     """
     grades = judge(group)
-    if 2 not in grades or min(grades) == 2:
+    right = [r.text for r, grade in zip(group.responses, grades, strict=True) if grade == 2]
+    wrong = list(dict.fromkeys(r.text for r, grade in zip(group.responses, grades, strict=True) if grade == 1))
+    if not right or not wrong:
         return None
-    wanted = {2: 1, 1: 1, 0: 1}
-    picked: dict[str, int] = {}
-    for response, grade in sorted(zip(group.responses, grades, strict=True), key=lambda pair: -pair[1]):
-        if wanted[grade] and response.text not in picked:
-            picked[response.text] = grade
-            wanted[grade] -= 1
-    return Ranking(prompt=group.prompt, texts=tuple(picked), ranks=tuple(3.0 - g for g in picked.values()))
+    shown = random.Random(group.prompt.id).sample(wrong, min(3, len(wrong)))
+    return Ranking(prompt=group.prompt, texts=(right[0], *shown), ranks=(1.0, *[2.0] * len(shown)))
 
 
 def collect_preferences(run: Run, config: Config, rows: list[dict[str, str]], session: Session) -> Path:

@@ -1,9 +1,10 @@
 """Group packing: one row is ``[prompt | response 1 | … | response N]`` with the prompt computed once.
 
 Position ids go on from the prompt for each response; attention lets a response see the prompt and itself. The head and
-the log-softmax run only at the positions that predict response tokens, in chunks. Several groups share a row, and
-what all their prompts start with (an instruction, examples) stands in it once; a group over the row's limit is split by responses, the prompt repeated. The cost of a group is P + N·R tokens instead of
-N·(P + R). Values and gradients equal the plain layout's (tests/test_pack.py, float64).
+the log-softmax run only at the positions that predict response tokens, in chunks. Several groups share a row, and what
+all their prompts start with (an instruction, examples) stands in it once; a group over the row's limit is split by
+responses, the prompt repeated. The cost of a group is P + N·R tokens instead of N·(P + R). Values and gradients equal
+the plain layout's (tests/test_pack.py, float64).
 """
 
 from __future__ import annotations

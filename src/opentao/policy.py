@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opentao.config import TrainConfig
+from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_tokenizer, resolve_model
 from opentao.store import file_hash
 from opentao.types import Message, content_hash
@@ -85,7 +86,7 @@ def default_device() -> torch.device:
 def native_bf16(device: torch.device) -> bool:
     """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -113,7 +114,7 @@ def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedP
     loaded = load_policy(policy, merge=config.method == "full", dtype=torch.float32)
     if config.method == "lora" and not isinstance(loaded.model, PeftModel):
         if policy.kind == "full":
-            raise ValueError("a LoRA round cannot continue a fully tuned policy: the adapter's base would be lost")
+            raise ModelError("a LoRA round cannot continue a fully tuned policy: the adapter's base would be lost")
         torch.manual_seed(seed)
         lora = PeftConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear")
         loaded.model = get_peft_model(loaded.model, lora)

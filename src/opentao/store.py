@@ -186,10 +186,10 @@ class Run:
         return final
 
     def discard(self, name: str) -> None:
-        """Delete a file or folder that is no longer needed; the manifest forgets it first."""
+        """Delete a file or folder that is no longer needed; the manifest forgets it first (a kill may come between)."""
         if name in self._entries:
             self._enter({"path": name, "key": None, "sha256": None})
-            _remove(self.root / name)
+        _remove(self.root / name)
 
     def _enter(self, entry: dict[str, Any]) -> None:
         with (self.root / "manifest.jsonl").open("a") as file:

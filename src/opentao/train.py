@@ -183,14 +183,17 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     }
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
     key = content_hash(policy.hash, config.train.model_dump(mode="json"), config.seed, _fingerprint(examples))
+    checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
         facts["idle"] = nothing_to_learn(groups)
         session.progress.note(f"round {round_}: {facts['idle']}: no step taken, policy unchanged")
         run.discard(name)  # of an earlier config
+        checkpoint.discard()
         run.write_json(steps, key, [])
         return policy, facts
     if not (run.have(name, key) and run.have(steps, key)):
-        _train_round(session, round_, policy, examples, key)
+        _train_round(session, round_, policy, examples, checkpoint)
+    checkpoint.discard()
     history = run.read_json(steps)
     facts |= {"steps": len(history), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]}
     return Policy.of_folder(policy, run.path(name)), facts
@@ -213,13 +216,14 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     )
 
 
-def _train_round(session: Session, round_: int, policy: Policy, examples: list[Example], key: str) -> None:
+def _train_round(
+    session: Session, round_: int, policy: Policy, examples: list[Example], checkpoint: Checkpoint
+) -> None:
     """All steps of a round, from the newest checkpoint. Writes the metrics of every step, then the policy."""
     config, run = session.config.train, session.run
     loaded = load_for_training(policy, config, session.config.seed)
     check_packing(loaded.model, max((e.sequences for e in examples), key=lambda s: s.num_tokens))
     _reference(session, round_, loaded, examples)
-    checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.save_every_steps)
     total = num_steps(len(examples), config.epochs, config.prompts_per_step)
     with session.progress.stage("train", total=total, unit="steps", label=f"round {round_}: train") as step:
 
@@ -235,9 +239,8 @@ def _train_round(session: Session, round_: int, policy: Policy, examples: list[E
             checkpoint=checkpoint,
             on_step=on_step,
         )
-    run.write_json(f"round-{round_}/steps.json", key, [asdict(m) for m in history])
-    run.commit(f"round-{round_}/policy", key, loaded.save)
-    checkpoint.discard()
+    run.write_json(f"round-{round_}/steps.json", checkpoint.key, [asdict(m) for m in history])
+    run.commit(f"round-{round_}/policy", checkpoint.key, loaded.save)
 
 
 def _reference(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example]) -> None:

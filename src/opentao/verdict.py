@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,9 @@ def write_summary(
     base, *tuned = rounds
     best, verdict, why = judge(base, tuned)
     chosen = policies[best]
-    lines = session.run.path("set_aside.jsonl").read_text().splitlines()
-    reasons = Counter(json.loads(line)["reason"].split(" of line ")[0] for line in lines)
+    lines = session.run.path("set_aside.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line]
+    reasons = Counter(re.split(" of (?:line|row) ", json.loads(line)["reason"])[0] for line in lines)
     summary = {
         "model": session.config.model,
         "base": base,
@@ -44,6 +46,7 @@ def write_summary(
         "failures": dict(failures),
         "prompts": {"train": len(session.train_prompts), "heldout": len(session.heldout)},
         "baselines": [],
+        "confidence": session.config.evaluate.confidence,
     }
     session.run.write_json("summary.json", content_hash(summary), summary)
     return summary
