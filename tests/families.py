@@ -76,14 +76,20 @@ def in_float64(llama: Any) -> Any:
     return llama
 
 
-def random_sequences(shape: Sequence[tuple[int, Sequence[int]]], seed: int = 0) -> list[Sequences]:
-    """Groups of random tokens; `shape` has a prompt length and the responses' lengths for each of them."""
+def random_sequences(shape: Sequence[tuple[int, Sequence[int]]], seed: int = 0, common: int = 0) -> list[Sequences]:
+    """Groups of random tokens; `shape` has a prompt length and the responses' lengths for each of them.
+
+    `common` more tokens stand in front of every prompt, the same ones: an instruction.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
-    return [Sequences(prompt_P=tokens(P), responses_NR=tuple(tokens(R) for R in lengths)) for P, lengths in shape]
+    start = tokens(common)
+    return [
+        Sequences(prompt_P=start + tokens(P), responses_NR=tuple(tokens(R) for R in lengths)) for P, lengths in shape
+    ]
 
 
 def plain_logprobs(model: Any, sequences: Sequences, temperature: float = 1.0) -> list[Tensor]:

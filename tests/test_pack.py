@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import in_float64, plain_logprobs, random_model, random_sequences
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from opentao.pack import (
 
 Shape = list[tuple[int, list[int]]]  # prompt length and the responses' lengths of each group
 
+exhaustive = settings(max_examples=60, deadline=None, phases=set(Phase) - {Phase.explain})  # explaining takes minutes
 shapes = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=5)), min_size=1, max_size=3
 )
@@ -71,7 +72,7 @@ def assert_packed_is_plain(
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
 
 
-@settings(max_examples=60, deadline=None)
+@exhaustive
 @given(
     shape=shapes,
     room=st.integers(0, 30),
@@ -103,6 +104,37 @@ def test_layouts(llama: Any, shape: Shape, row_tokens: int, owners: list[list[tu
     assert_packed_is_plain(llama, groups, rows, 1.0, 512)
 
 
+@exhaustive
+@given(shape=shapes, common=st.integers(1, 20), room=st.integers(0, 90), seed=st.integers(0, 9))
+def test_packed_equals_plain_where_prompts_start_alike(
+    llama: Any, shape: Shape, common: int, room: int, seed: int
+) -> None:
+    """What the prompts of a row have in common is computed once for the whole row."""
+    groups = random_sequences(shape, seed, common)
+    assert_packed_is_plain(llama, groups, plan_rows(groups, least_row(groups) + room), 1.0, 512)
+
+
+@pytest.mark.parametrize("common", [pack.MIN_PREFIX - 1, pack.MIN_PREFIX])
+def test_a_common_start_stands_in_a_row_once(llama: Any, common: int) -> None:
+    groups = random_sequences([(3, [2, 4]), (5, [1]), (2, [3, 3])], common=common)
+    whole = sum(g.num_tokens for g in groups)
+    [row] = plan_rows(groups, 200)
+    assert len(row.tokens_T) == (whole - 2 * common if common >= pack.MIN_PREFIX else whole)
+    assert_packed_is_plain(llama, groups, [row], 0.7, 3)
+    alone, *_ = plan_rows(groups, common + 9)  # one group to a row: nothing to share
+    assert len(alone.tokens_T) == groups[0].num_tokens
+
+
+def test_prompts_that_are_the_same_or_the_start_of_one_another(llama: Any) -> None:
+    """Each keeps a token of its own, where its first response token is predicted."""
+    [one] = random_sequences([(20, [2, 3])])
+    longer = Sequences(prompt_P=(*one.prompt_P, 7, 8), responses_NR=((9, 4), (5,)))
+    for groups in ([one, one], [one, longer], [longer, one, longer]):
+        [row] = plan_rows(groups, 200)
+        assert len(row.tokens_T) == sum(g.num_tokens for g in groups) - (len(groups) - 1) * 19
+        assert_packed_is_plain(llama, groups, [row], 1.0, 512)
+
+
 def test_a_response_that_was_cut_has_no_special_place() -> None:
     """With its stop token or cut at max_new_tokens: the last token is trained on like any other."""
     stopped = Sequences(prompt_P=(5, 6), responses_NR=((7, 8, 2),))
@@ -124,9 +156,9 @@ def test_row_by_hand() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(shape=shapes, room=st.integers(0, 40))
-def test_plans_hold_every_response_once_and_keep_the_limit(shape: Shape, room: int) -> None:
-    groups = random_sequences(shape)
+@given(shape=shapes, room=st.integers(0, 40), common=st.sampled_from([0, 4, 30]))
+def test_plans_hold_every_response_once_and_keep_the_limit(shape: Shape, room: int, common: int) -> None:
+    groups = random_sequences(shape, common=common)
     limit = least_row(groups) + room
     rows = plan_rows(groups, limit)
     assert [o for row in rows for o in row.owners] == [(g, i) for g, (_, R) in enumerate(shape) for i in range(len(R))]
@@ -264,12 +296,12 @@ def test_check_passes_on_a_sound_model(llama: Any) -> None:
 
 
 def test_check_stops_on_a_wrong_mask(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Leaking(pack.GroupLayout):
+    class Leaking(pack.SegmentLayout):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.mask = torch.ones_like(self.mask)  # a token sees the ones after it
 
-    monkeypatch.setattr(pack, "GroupLayout", Leaking)
+    monkeypatch.setattr(pack, "SegmentLayout", Leaking)
     [sequences] = random_sequences([(6, [3, 5, 1])])
     with pytest.raises(ModelError, match=r"llama: packed and plain log-probs differ by [\d.]+ nats \(allowed 0.01\)"):
         check_packing(llama, sequences)

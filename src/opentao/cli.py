@@ -317,7 +317,7 @@ def show(
     root = next((p for p in (run, *run.resolve().parents) if (p / "manifest.jsonl").exists()), run)
     inside = "" if root == run else str(run.resolve().relative_to(root.resolve()))
     with Run(root, read_only=True) as opened:
-        found = opened.names(inside)
+        found = opened.names(f"{inside}/" if inside else "")
         names = [n for n in found if "/groups/" in n] or [n for n in found if "/greedy/" in n]
         if not names:
             raise DataError(f"{run}: no groups here; expected a run directory that `tao generate` has filled")

@@ -90,7 +90,7 @@ def config_of(directory: Path, seed: int) -> Config:
                 "max_train": NUM_TRAIN_TICKETS,
             },
             "scorers": [
-                {"type": "json_schema", "name": "schema", "weight": 1.0, "args": {"schema": SCHEMA, "partial": True}},
+                {"type": "json_schema", "name": "schema", "weight": 2.0, "args": {"schema": SCHEMA, "partial": True}},
                 {
                     "type": "reward_model",
                     "name": "preference",
@@ -113,7 +113,7 @@ def config_of(directory: Path, seed: int) -> Config:
                     {"name": "plain"},
                 ],
             },
-            "train": {"objective": "distill", "target_n": 32, "learning_rate": 3e-5, "prompts_per_step": 4},
+            "train": {"objective": "distill", "target_n": 32, "learning_rate": 1e-4, "epochs": 2},
             "evaluate": {"base_group_size": 16, "group_size": 4, "kl_responses": 1},
         }
     )

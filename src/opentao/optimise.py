@@ -63,7 +63,9 @@ def optimise(
         TrainError: the loss or gradient is not finite; the model must be thrown away.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(
+        trainable, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+    )
     history = checkpoint.load(model, optimiser)
     for metrics in history:
         on_step(metrics)
@@ -120,8 +122,8 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in _trainable(model):
                 parameter.copy_(tensors[f"weight/{name}"])
-                state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[parameter] = state | {"step": tensors[f"step/{name}"]}  # AdamW counts on the CPU
+                moments = ("step", "exp_avg", "exp_avg_sq")  # a fused AdamW keeps all three beside the parameter
+                optimiser.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in moments}
         return [Metrics(**m) for m in json.loads((folder / "metrics.json").read_text())]
 
     def save(self, model: Any, optimiser: torch.optim.Optimizer, history: Sequence[Metrics]) -> None:

@@ -120,6 +120,8 @@ class Run:
             who = owner.read_text().strip() if owner.exists() else "unknown"
             raise StoreError(f"{self.root}: in use by another process: {who}") from None
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        for part in list(self.root.rglob(".*.part")):  # what a killed owner was writing
+            _remove(part)
 
     def _read_manifest(self) -> None:
         """Read whole lines; a half-written last line (a kill) is cut off."""
