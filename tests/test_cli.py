@@ -397,7 +397,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         return folder
 
     yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+    subprocess.run(
+        ["umount", "-l", str(folder)], capture_output=True, check=False
+    )  # lazily: a traceback may hold a file
 
 
 @pytest.mark.parametrize("kilobytes", [32, 160, 420])

@@ -326,6 +326,17 @@ def test_rows_do_not_change_the_training(tiny_model_dir: Path) -> None:
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
 
 
+def test_the_loss_of_a_step_is_the_mean_over_its_rankings(guided: RewardModel) -> None:
+    """Of the mean over each ranking's pairs: a prompt with many answers counts as much as one with two."""
+    prompt = Prompt(messages=tuple(MESSAGES))
+    rankings = [*toy_rankings(3), Ranking(prompt=prompt, texts=tuple(ANSWERS), ranks=(1.0, 2.0, 3.0, 3.0))]
+    encoded = [guided.encode(r.prompt.messages, r.texts) for r in rankings]
+    scores = [torch.tensor(s) for _, s in guided.score(encoded)]
+    losses = [float(bradley_terry(s, r.pairs)) for s, r in zip(scores, rankings, strict=True)]
+    [metrics] = train(guided, rankings, rankings_per_step=4)
+    assert metrics.loss == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
 def test_lora_trains_the_adapter_and_the_head(guided: RewardModel) -> None:
     before = {n: p.detach().clone() for n, p in guided.model.named_parameters()}
     history = train(guided, toy_rankings(16), lr=1e-2, epochs=3, lora_rank=4)

@@ -99,8 +99,10 @@ class Run:
             raise StoreError(f"{self.root}: no such run directory")
         if not self.read_only:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            self._lock_or_refuse()
         try:
+            if not self.read_only:
+                self._own()
             self._read_manifest()
         except BaseException:
             self.__exit__()
@@ -111,7 +113,7 @@ class Run:
         if not self.read_only:
             self._lock.release()
 
-    def _acquire(self) -> None:
+    def _lock_or_refuse(self) -> None:
         """The kernel drops the lock of a dead process, so a stale lock needs no guess: whoever gets it is the owner."""
         owner = self.root / "owner.json"
         try:
@@ -119,7 +121,9 @@ class Run:
         except Timeout:
             who = owner.read_text().strip() if owner.exists() else "unknown"
             raise StoreError(f"{self.root}: in use by another process: {who}") from None
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+
+    def _own(self) -> None:
+        (self.root / "owner.json").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
         for part in list(self.root.rglob(".*.part")):  # what a killed owner was writing
             _remove(part)
 
