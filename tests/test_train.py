@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opentao.bestofn import target_log_ratio
-from opentao.config import Config, TrainConfig
+from opentao.config import Config, GenerateConfig, TrainConfig
 from opentao.errors import TrainError
 from opentao.objectives import OBJECTIVES
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise
@@ -338,8 +338,13 @@ def test_nothing_is_trained_twice(run: Run, base: Policy, monkeypatch: pytest.Mo
     policy, facts = train(open_stage(run, base), 1, base, some_groups())
     monkeypatch.setattr("opentao.train._train_round", lambda *args: pytest.fail("trained again"))
     assert train(open_stage(run, base), 1, base, some_groups()) == (policy, facts)
-    with pytest.raises(BaseException, match="trained again"):  # other settings make another policy
-        train(open_stage(run, base, epochs=2), 1, base, some_groups())
+    colder = open_stage(run, base)  # log-probs are taken at the sampling temperature
+    colder.config = colder.config.model_copy(update={"generate": GenerateConfig(temperature=0.5)})
+    for changed in (colder, open_stage(run, base, epochs=2)):
+        with pytest.raises(BaseException, match="trained again"):
+            train(changed, 1, base, some_groups())
+    with pytest.raises(BaseException, match="trained again"):
+        train(open_stage(run, base), 1, base, some_groups(4))
 
 
 class Killed(BaseException):

@@ -182,7 +182,8 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         "loss_last": None,
     }
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
-    key = content_hash(policy.hash, config.train.model_dump(mode="json"), config.seed, _fingerprint(examples))
+    settings = [config.train.model_dump(mode="json"), config.generate.temperature, config.seed]
+    key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
         facts["idle"] = nothing_to_learn(groups)
