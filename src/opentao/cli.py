@@ -130,7 +130,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which tickets go where, and what is sampled.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Watch the whole method on a support desk, with the built-in model, in under ten minutes on a laptop."""
+    """Watch the whole method on a support desk, with the built-in model."""
     from opentao.demo import run_demo
 
     _quiet_libraries()

@@ -1,4 +1,4 @@
-"""`tao demo`: the whole method on a support desk, with the built-in model, in minutes on a laptop.
+"""`tao demo`: the whole method on a support desk, with the built-in model.
 
 1. The base model's best-of-N curve on held-out tickets: the right answer is in reach, the first try misses it.
 2. People's choices on best-of-N results for a small set of tickets train a reward model. Known labels stand in for the
