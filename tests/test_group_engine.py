@@ -19,7 +19,7 @@ from torch import Tensor
 from opentao.engines import group as engine_module
 from opentao.engines.group import GroupEngine, PlainDecoder, SharedDecoder, draw, truncate
 from opentao.models import load_tokenizer
-from opentao.pack import Sequences, plan_rows, row_logprobs
+from opentao.pack import Sequences, common_prefix, plan_rows, row_logprobs
 from opentao.policy import LoadedPolicy, Policy, encode_prompt
 from opentao.types import PLAIN, Group, Prompt, SamplingPlan, Strategy
 
@@ -137,6 +137,51 @@ def test_greedy_of_other_families(family: str, tiny_model_dir: Path) -> None:
     groups = sampled(engine, plan)
     assert len({len(r.tokens_R) for g in groups for r in g.responses}) > 4
     assert_learner_agrees(engine, plan, groups)
+
+
+SYSTEM = "You sort support tickets. Reply with one word: billing, bug, account, delivery, cancellation or sales."
+
+
+def test_a_common_start_of_prompts_is_run_once(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tokens and log-probs as each prompt alone, one prompt being the start of all others."""
+    prompts = [
+        Prompt(messages=({"role": "system", "content": SYSTEM}, {"role": "user", "content": text})) for text in TEXTS
+    ]
+    plan = SamplingPlan(group_size=2, temperature=0, max_new_tokens=12)
+    fed: list[int] = []
+    forward = engine_module._run_prompts
+
+    def counted(model: Any, prompts: list[list[int]], *args: Any) -> Any:
+        fed.append(sum(map(len, prompts)))
+        return forward(model, prompts, *args)
+
+    monkeypatch.setattr(engine_module, "_run_prompts", counted)
+    groups = sampled(engine, plan, prompts)
+    lengths = [len(asked(engine, p)) for p in prompts]
+    start = common_prefix([asked(engine, p) for p in prompts])
+    assert start >= 16 and sum(fed) == start + sum(n - start for n in lengths)
+    for prompt, found in zip(prompts, groups, strict=True):
+        assert [r.tokens_R for r in found.responses] == [generated(engine, asked(engine, prompt), plan)] * 2
+    assert_learner_agrees(engine, plan, groups)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 50, 1001])
+def test_inverse_cdf_against_a_plain_cumulative_sum(vocabulary: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(400, vocabulary, generator=generator) * 4
+    logits[:, ::3] = -math.inf if vocabulary > 2 else 0.0
+    uniform = torch.rand(400, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
+    tokens, logprobs = draw(logits, uniform, SamplingPlan(temperature=temperature))
+    exact = (logits.double() / temperature).softmax(-1)
+    ends = exact.cumsum(-1)
+    at = tokens[:, None]
+    assert (exact.gather(-1, at) > 0).all()
+    slack = 1e-5  # of fp32 sums
+    assert (uniform < ends.gather(-1, at)[:, 0] + slack).all()
+    assert (uniform > (ends - exact).gather(-1, at)[:, 0] - slack).all()
+    torch.testing.assert_close(logprobs.double(), exact.gather(-1, at)[:, 0].log(), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- distribution

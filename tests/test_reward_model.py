@@ -43,7 +43,7 @@ from opentao.reward_model import (
 )
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
-from opentao.types import Group, Message, Prompt, Response
+from opentao.types import BatchScorer, Group, Message, Prompt, Response
 
 PROSE, JSON = SENTENCES[:5], SENTENCES[5:8]
 MESSAGES: list[Message] = [{"role": "user", "content": "My parcel is late."}]
@@ -416,6 +416,16 @@ def test_the_scorer(guided: RewardModel, tmp_path: Path) -> None:
     assert scorer.score(group_of(ANSWERS[:1])) == pytest.approx(expected[:1], abs=1e-4)
     squashed = build_scorer(ScorerConfig(type="reward_model", args=args | {"squash": True, "row_tokens": 8}))
     assert squashed.score(group_of(ANSWERS)) == pytest.approx([1 / (1 + math.exp(-s)) for s in expected], abs=1e-4)
+
+
+def test_several_groups_in_one_row_score_as_alone(guided: RewardModel, tmp_path: Path) -> None:
+    guided.save(tmp_path / "rm")
+    scorer = build_scorer(ScorerConfig(type="reward_model", args={"model": str(tmp_path / "rm")}))
+    assert isinstance(scorer, BatchScorer)
+    groups = [group_of(ANSWERS), group_of(ANSWERS[:1]), group_of(ANSWERS[1:])]
+    alone = [scorer.score(g) for g in groups]
+    for together, expected in zip(scorer.score_many(groups), alone, strict=True):
+        assert together == pytest.approx(expected, abs=1e-4)
 
 
 def test_squash_of_extreme_scores(guided: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

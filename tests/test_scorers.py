@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from opentao.errors import ConfigError
 from opentao.scorers import registry
 from opentao.scorers.plugin import MAX_MESSAGE, call_plugin, import_object, unscored
 from opentao.scorers.registry import BUILT_IN, build_scorer, known_types
-from opentao.scorers.run import combine, run_scorer, score_group, to_score
+from opentao.scorers.run import combine, run_scorer, run_scorer_many, score_groups, to_score
 from opentao.store import REWARD, attach_scores, scores_to_table
 from opentao.types import NAN, Failure, Group, Prompt, Response, Score
 
@@ -371,7 +371,7 @@ def test_the_order_of_scorers_does_not_matter(terms: list[tuple[float, float]], 
 
 def test_score_group_and_back_from_disk() -> None:
     scorers = [Fixed([0.0, 1.0, None], name="a"), Fixed([1.0, 0.5, 2.0], name="b")]
-    group = score_group(group_of(3), scorers, {"a": 1.0, "b": 2.0})
+    [group] = score_groups([group_of(3)], scorers, {"a": 1.0, "b": 2.0})
     assert list(group.scores) == ["a", "b"]
     assert same(list(group.rewards_N), [2.0, 2.0, NAN])
     (joined,) = attach_scores([group_of(3)], scores_to_table([group]))
@@ -380,18 +380,49 @@ def test_score_group_and_back_from_disk() -> None:
 
 
 def test_score_group_replaces_earlier_scores() -> None:
-    group = score_group(group_of(1), [Fixed([1.0], name="old")], {"old": 1.0})
-    again = score_group(group, [Fixed([3.0], name="new")], {"new": 1.0})
+    [group] = score_groups([group_of(1)], [Fixed([1.0], name="old")], {"old": 1.0})
+    [again] = score_groups([group], [Fixed([3.0], name="new")], {"new": 1.0})
     assert list(again.scores) == ["new"] and again.rewards_N == (3.0,)
 
 
 def test_a_failed_group_can_be_scored_and_stored() -> None:
     failed = group_of(2, Failure(kind="engine_died", message="exit 9"))
-    group = score_group(failed, [Fixed([1.0, 1.0])], {"fixed": 1.0})
+    [group] = score_groups([failed], [Fixed([1.0, 1.0])], {"fixed": 1.0})
     assert same(list(group.rewards_N), [NAN, NAN])
     assert scores_to_table([group]).num_rows == 4
 
 
 def test_two_scorers_of_one_name() -> None:
     with pytest.raises(ValueError, match="must differ"):
-        score_group(group_of(1), [Fixed([1.0]), Fixed([2.0])], {"fixed": 1.0})
+        score_groups([group_of(1)], [Fixed([1.0]), Fixed([2.0])], {"fixed": 1.0})
+
+
+class Together(Fixed):
+    """Scores several groups in one call; `broken` says how that call goes wrong."""
+
+    broken: str = ""
+    calls = 0
+
+    def score_many(self, groups: Sequence[Group]) -> list[Any]:
+        self.calls += 1
+        if self.broken == "raises":
+            raise RuntimeError("no")
+        return [[float(i)] * len(g.responses) for i, g in enumerate(groups)][: 1 if self.broken == "short" else None]
+
+
+def test_several_groups_in_one_call() -> None:
+    scorer = Together([9.0, 9.0])
+    failed = group_of(2, Failure(kind="engine_died", message="exit 9"))
+    found = run_scorer_many(scorer, [group_of(2), failed, group_of(0), group_of(3)])
+    assert [[s.value for s in scores] for scores in found[::3]] == [[0.0, 0.0], [1.0, 1.0, 1.0]]
+    assert [s.error for s in found[1]] == ["engine_died: exit 9"] * 2 and found[2] == ()
+    assert scorer.calls == 1
+
+
+@pytest.mark.parametrize("broken", ["raises", "short"])
+def test_a_failed_call_for_several_groups_is_made_one_by_one(broken: str) -> None:
+    scorer = Together([9.0, 9.0])
+    scorer.broken = broken
+    found = run_scorer_many(scorer, [group_of(2), group_of(2)])
+    assert [[s.value for s in scores] for scores in found] == [[9.0, 9.0]] * 2
+    assert scorer.calls == 1

@@ -75,7 +75,7 @@ class GenerateConfig(Node):
     stop: list[str] = []
     strategies: list[StrategyConfig] = Field([StrategyConfig(name="plain")], min_length=1)
     shard_prompts: int = Field(16, ge=1, description="prompts per shard: what a kill can lose")
-    batch_responses: int = Field(128, ge=1, description="responses decoded side by side")
+    batch_responses: int = Field(256, ge=1, description="responses decoded side by side, at most")
 
     @field_validator("strategies")
     @classmethod

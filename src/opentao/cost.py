@@ -58,8 +58,12 @@ class Probe:
         """The larger of training (activations grow in proportion to the row) and of generating (keys and values)."""
         if self.loaded_bytes is None or self.row_bytes is None:
             return None
+        from opentao.engines.group import MAX_OWN_TOKENS
+
         train = self.state_bytes + self.row_bytes * config.train.row_tokens // PROBE_TOKENS
-        generate = self.cache_bytes * config.generate.batch_responses * config.generate.max_new_tokens
+        generate = self.cache_bytes * min(
+            config.generate.batch_responses * config.generate.max_new_tokens, MAX_OWN_TOKENS
+        )
         return self.loaded_bytes + max(train, generate)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from opentao.scorers.run import score_group
-from opentao.session import Session
+from opentao.scorers.run import score_groups
+from opentao.session import Session, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
 from opentao.types import Group, content_hash
+
+GROUPS_TOGETHER = 16  # a reward model fills its rows with several groups
 
 
 def score(session: Session, group_shards: Sequence[str], label: str, *, with_audit: bool = False) -> list[Group]:
@@ -29,9 +31,9 @@ def score(session: Session, group_shards: Sequence[str], label: str, *, with_aud
                 step.reuse(len(groups))
             else:
                 done = []
-                for group in groups:
-                    done.append(score_group(group, scorers, session.weights))
-                    step.advance(1, tokens=sum(len(r.tokens_R) for r in group.responses))
+                for batch in shards(groups, GROUPS_TOGETHER):
+                    done += score_groups(batch, scorers, session.weights)
+                    step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))
     return scored

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opentao.config import Config, ScorerConfig, dump_config
 from opentao.errors import StoreError
@@ -17,6 +17,8 @@ from opentao.prompts import read_prompts, split
 from opentao.scorers.registry import build_scorer
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
+
+Item = TypeVar("Item")
 
 AUDIT = "audit"  # the audit's label in score files, whatever its own name
 
@@ -135,5 +137,5 @@ def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "files": named}
 
 
-def shards(items: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+def shards(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Message = dict[str, Any]
 """One chat turn, e.g. ``{"role": "user", "content": "My parcel is late."}``."""
@@ -216,3 +216,10 @@ class Scorer(Protocol):
     name: str
 
     def score(self, group: Group) -> Sequence[float | Score | None]: ...
+
+
+@runtime_checkable
+class BatchScorer(Scorer, Protocol):
+    """A scorer that is faster on several groups at once. What it gives for a group does not depend on the others."""
+
+    def score_many(self, groups: Sequence[Group]) -> Sequence[Sequence[float | Score | None]]: ...

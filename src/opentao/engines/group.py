@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +23,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from opentao.pack import common_prefix, head_logits, shares_prompt
+from opentao.pack import MIN_PREFIX, common_prefix, head_logits, shares_prompt
 from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt, load_policy, stop_tokens
 from opentao.types import Failure, Group, Prompt, Response, SamplingPlan, Strategy, response_id
 
 log = logging.getLogger(__name__)
 
 
+MAX_OWN_TOKENS = 131_072  # of all responses that are decoded side by side: 3 GB for the built-in model in bf16
 MAX_TAIL = 32  # tokens by which strategies of a group may differ and still share their prompt's prefix
 
 
@@ -56,9 +58,9 @@ class Stream:
 
 
 class GroupEngine:
-    """In-process engine for transformers models. `batch_responses` responses are decoded side by side."""
+    """In-process engine for transformers models. At most `batch_responses` responses are decoded side by side."""
 
-    def __init__(self, *, batch_responses: int = 128, prefill_tokens: int = 2048) -> None:
+    def __init__(self, *, batch_responses: int = 256, prefill_tokens: int = 2048) -> None:
         self.batch_responses = batch_responses
         self.prefill_tokens = prefill_tokens
         self.loaded: LoadedPolicy | None = None
@@ -70,6 +72,7 @@ class GroupEngine:
 
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
         """Yield one Group a prompt; one that does not fit the context or the chat template yields a failure."""
+        batch_responses = min(self.batch_responses, MAX_OWN_TOKENS // plan.max_new_tokens)
         waiting: list[tuple[int, list[list[int]]]] = []
         for i, prompt in enumerate(prompts):
             try:
@@ -83,7 +86,7 @@ class GroupEngine:
                 yield Group(prompt=prompt, failure=Failure(kind="prompt_too_long", message=message))
                 continue
             waiting.append((i, asked))
-            if (len(waiting) + 1) * plan.group_size > self.batch_responses:
+            if (len(waiting) + 1) * plan.group_size > batch_responses:
                 yield from self._finish(prompts, waiting, plan)
                 waiting = []
         if waiting:
@@ -225,21 +228,52 @@ def draw(
         uniform_L: one number in [0, 1) a row.
         forced_L: tokens to take instead of drawing; -1 = draw.
     """
-    scaled = logits_LV.float() / (plan.temperature or 1.0)
-    peak = scaled.amax(-1, keepdim=True)
-    mass = (scaled - peak).exp_()
-    kept = truncate(mass, plan.top_k, plan.top_p) if plan.truncated else mass
-    if plan.temperature == 0:
-        token = logits_LV.argmax(-1, keepdim=True)
-    else:
-        cumulative = kept.cumsum(-1)
-        # Strictly greater: a zero-mass token can never be hit, not even by a uniform number of 0.
-        token = torch.searchsorted(cumulative, uniform_L[:, None] * cumulative[:, -1:], right=True)
-        token.clamp_(max=logits_LV.shape[-1] - 1)
+    mass, peak, width = _masses(logits_LV, plan.temperature or 1.0)
+    total = mass.sum(-1, keepdim=True)
+    if plan.truncated:
+        mass = truncate(mass, plan.top_k, plan.top_p)
+    token = logits_LV.argmax(-1, keepdim=True) if plan.temperature == 0 else _inverse_cdf(mass, uniform_L, width)
     if forced_L is not None:
         token = torch.where(forced_L[:, None] < 0, token, forced_L[:, None])
-    logprob = scaled.gather(-1, token) - peak - mass.sum(-1, keepdim=True).log()
+    logprob = logits_LV.gather(-1, token).float() / (plan.temperature or 1.0) - peak - total.log()
     return token[:, 0], logprob[:, 0]
+
+
+def _masses(logits_LV: Tensor, temperature: float) -> tuple[Tensor, Tensor, int]:
+    """exp(logit/temperature − peak) in fp32 with one allocation, padded with zeros to whole blocks; peak; block width.
+
+    Allocating tensors of [rows, vocabulary] costs more here than the arithmetic on them.
+    """
+    L, V = logits_LV.shape
+    width = math.ceil(math.sqrt(V))
+    mass = torch.empty(L, math.ceil(V / width) * width, dtype=torch.float32, device=logits_LV.device)
+    scaled = mass[:, :V].copy_(logits_LV)
+    if temperature != 1.0:
+        scaled.div_(temperature)
+    peak = scaled.amax(-1, keepdim=True)
+    scaled.sub_(peak).exp_()
+    mass[:, V:] = 0
+    return mass, peak, width
+
+
+def _inverse_cdf(mass_LV: Tensor, uniform_L: Tensor, width: int) -> Tensor:
+    """Token [L, 1] at which the cumulative mass passes `uniform_L`: the block of `width` tokens first, then in it.
+
+    A token of zero mass is never hit: places are strictly below the sum, and the first sum above a place is taken.
+    """
+    blocks_LBW = mass_LV.view(len(mass_LV), -1, width)
+    sums = blocks_LBW.sum(-1)
+    ends = sums.cumsum(-1)
+    place = _below(uniform_L[:, None] * ends[:, -1:], ends[:, -1:])
+    block = torch.searchsorted(ends, place, right=True)
+    inside = blocks_LBW[torch.arange(len(mass_LV), device=mass_LV.device), block[:, 0]].cumsum(-1)
+    rest = _below(place - (ends - sums).gather(-1, block), inside[:, -1:])
+    return block * width + torch.searchsorted(inside, rest, right=True)
+
+
+def _below(place: Tensor, end: Tensor) -> Tensor:
+    """`place`, kept between 0 and the largest number below `end` against rounding."""
+    return torch.minimum(place.clamp(min=0), torch.nextafter(end, torch.zeros_like(end)))
 
 
 def truncate(mass_LV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -262,18 +296,23 @@ class SharedDecoder:
     def prefill(self, blocks: list[Block], streams: list[Stream], new_tokens: int, budget: int) -> Tensor:
         """Run every prompt once, longest first so that rows of a chunk are of like length. Returns logits_LV."""
         device = next(self.model.parameters()).device
-        width = max(len(b.tokens_P) for b in blocks)
-        order = sorted(range(len(blocks)), key=lambda b: -len(blocks[b].tokens_P))
+        prompts = [b.tokens_P for b in blocks]
+        width = max(map(len, prompts))
+        # What all prompts start with (an instruction, examples) is run once; each keeps a token that gives its logits.
+        shared = min(common_prefix(prompts), min(map(len, prompts)) - 1) if len(blocks) > 1 else 0
+        shared = shared if shared >= MIN_PREFIX else 0
+        start = _run_prompts(self.model, [prompts[0][:shared]], device)[1] if shared else None
+        order = sorted(range(len(blocks)), key=lambda b: -len(prompts[b]))
         logits: list[Tensor] = [torch.empty(0)] * len(blocks)
         while order:
-            rows = max(1, budget // len(blocks[order[0]].tokens_P))
+            rows = max(1, budget // (len(prompts[order[0]]) - shared))
             chunk, order = order[:rows], order[rows:]
-            hidden, cache = _run_prompts(self.model, [blocks[b].tokens_P for b in chunk], device)
+            hidden, cache = _run_prompts(self.model, [prompts[b][shared:] for b in chunk], device, start)
             for b, row in zip(chunk, head_logits(self.model, hidden[:, -1]), strict=True):
                 logits[b] = row
-            self.state.store_prompts(cache, chunk, len(blocks), width)
+            self.state.store_prompts(cache, chunk, len(blocks), width, shared)
         lengths = torch.tensor([len(b.tokens_P) for b in blocks], device=device)
-        self.state.start(torch.tensor([s.block for s in streams], device=device), lengths, width, new_tokens)
+        self.state.start(torch.tensor([s.block for s in streams], device=device), lengths, width, shared, new_tokens)
         self.model.set_attn_implementation(GROUP_ATTENTION)
         return torch.stack([logits[s.block] for s in streams])
 
@@ -290,17 +329,33 @@ class SharedDecoder:
         self.state.keep(torch.tensor(rows, device=self.state.block_L.device))
 
 
-def _run_prompts(model: Any, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, DynamicCache]:
-    """Left-padded forward of a few prompts. Returns hidden states [B, P, hidden] and their keys and values."""
+def _run_prompts(
+    model: Any, prompts: list[list[int]], device: torch.device, start: DynamicCache | None = None
+) -> tuple[Tensor, DynamicCache]:
+    """Left-padded forward of a few prompts, each after the one that `start` holds.
+
+    Returns hidden states [B, P, hidden] and all keys and values, those of `start` in front.
+    """
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    before, past = 0, {}
+    if start is not None:
+        before, cache = start.get_seq_length(), DynamicCache()
+        for i, layer in enumerate(start.layers):
+            cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), i)
+        past = {"past_key_values": cache}
+    positions = before + (mask.cumsum(-1) - 1).clamp(min=0)
+    mask = torch.cat([mask.new_ones(len(prompts), before), mask], 1)
     output = model.base_model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        use_cache=True,
+        **past,
     )
     cache = output.past_key_values if "past_key_values" in output else output.cache_params  # a state-space model's
     return output.last_hidden_state, cache
@@ -310,25 +365,28 @@ class GroupAttention:
     """Keys and values of one batch of blocks, and attention over prompt and own tokens with one softmax."""
 
     def __init__(self) -> None:
-        self.prompt_k: list[Tensor] = []  # a layer: [B, Hk, P, D], prompts right-aligned
+        self.prompt_k: list[Tensor] = []  # a layer: [B, Hk, P, D], padding after the tokens that all prompts start with
         self.prompt_v: list[Tensor] = []
         self.own_k: list[Tensor] = []  # a layer: [L, Hk, R, D]
         self.own_v: list[Tensor] = []
         self.length = 0  # own tokens so far, the same for every row
 
-    def store_prompts(self, cache: DynamicCache, chunk: list[int], num_blocks: int, width: int) -> None:
+    def store_prompts(self, cache: DynamicCache, chunk: list[int], num_blocks: int, width: int, shared: int) -> None:
+        """Keep the prompts of the blocks `chunk`: the `shared` tokens of all in front, the rest at the right end."""
         for i, layer in enumerate(cache.layers):
             Hk, P, D = layer.keys.shape[1:]
             if len(self.prompt_k) == i:
                 self.prompt_k.append(layer.keys.new_zeros(num_blocks, Hk, width, D))
                 self.prompt_v.append(layer.keys.new_zeros(num_blocks, Hk, width, D))
-            self.prompt_k[i][chunk, :, width - P :] = layer.keys
-            self.prompt_v[i][chunk, :, width - P :] = layer.values
+            for kept, new in ((self.prompt_k[i], layer.keys), (self.prompt_v[i], layer.values)):
+                kept[chunk, :, :shared] = new[:, :, :shared]
+                kept[chunk, :, width - (P - shared) :] = new[:, :, shared:]
 
-    def start(self, block_L: Tensor, lengths_B: Tensor, width: int, new_tokens: int) -> None:
+    def start(self, block_L: Tensor, lengths_B: Tensor, width: int, shared: int, new_tokens: int) -> None:
         """`block_L` says which block's prompt each stream continues."""
         self.lengths_B = lengths_B
-        hidden = torch.arange(width, device=block_L.device) < width - lengths_B[:, None]
+        place = torch.arange(width, device=block_L.device)
+        hidden = (place >= shared) & (place < shared + width - lengths_B[:, None])
         self.bias = torch.zeros(hidden.shape, device=block_L.device).masked_fill_(hidden, float("-inf"))[:, None, None]
         _, Hk, _, D = self.prompt_k[0].shape
         for k in self.prompt_k:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from opentao.reward_model import RewardModel
 from opentao.types import Group
@@ -26,9 +27,15 @@ class RewardModelScorer:
         self.trust_remote_code = trust_remote_code
         self._loaded: RewardModel | None = None
 
-    def score(self, group: Group) -> list[float | None]:
+    def score(self, group: Group) -> list[float]:
+        return self.score_many([group])[0]
+
+    def score_many(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Several groups share a packed row, and what all their prompts start with is computed once."""
         if self._loaded is None:
             self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code)
-        sequences = self._loaded.encode(group.prompt.messages, [r.text for r in group.responses])
-        [(_, scores)] = self._loaded.score([sequences], self.row_tokens)
-        return [(1 + math.tanh(s / 2)) / 2 if self.squash else s for s in scores]  # σ, without overflow
+        encoded = [self._loaded.encode(g.prompt.messages, [r.text for r in g.responses]) for g in groups]
+        return [[self._value(s) for s in scores] for _, scores in self._loaded.score(encoded, self.row_tokens)]
+
+    def _value(self, score: float) -> float:
+        return (1 + math.tanh(score / 2)) / 2 if self.squash else score  # σ, without overflow

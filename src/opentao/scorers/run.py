@@ -16,21 +16,38 @@ A scorer that knows why a response has no score returns ``Score(value=NAN, error
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 from opentao.scorers.plugin import call_plugin, one_line, unscored
-from opentao.types import NAN, Group, Score, Scorer
+from opentao.types import NAN, BatchScorer, Group, Score, Scorer
 
 
 def run_scorer(scorer: Scorer, group: Group) -> tuple[Score, ...]:
     """One `Score` a response, whatever the scorer does; a failed group's responses carry the group's failure."""
+    return _checked_values(group, lambda: scorer.score(group))
+
+
+def run_scorer_many(scorer: Scorer, groups: Sequence[Group]) -> list[tuple[Score, ...]]:
+    """`run_scorer` for several groups: in one call if the scorer has `score_many`, one by one if that call fails."""
+    asked = [i for i, g in enumerate(groups) if g.responses and not g.failure]
+    values: Any = None
+    if isinstance(scorer, BatchScorer) and len(asked) > 1:
+        values = call_plugin(lambda: list(scorer.score_many([groups[i] for i in asked])))
+    if not isinstance(values, list) or len(values) != len(asked):
+        return [run_scorer(scorer, group) for group in groups]
+    found = dict(zip(asked, values, strict=True))
+    return [_checked_values(group, lambda i=i: found[i]) for i, group in enumerate(groups)]  # type: ignore[misc]
+
+
+def _checked_values(group: Group, read: Callable[[], Iterable[Any]]) -> tuple[Score, ...]:
+    """What `read` gives for a group, each value checked."""
     num_responses = len(group.responses)
     if group.failure:
         return (unscored(group.failure.kind, group.failure.message),) * num_responses
     if not num_responses:
         return ()
-    values = call_plugin(lambda: list(scorer.score(group)))  # list() inside: a generator raises only when read
+    values = call_plugin(lambda: list(read()))  # list() inside: a generator raises only when read
     if isinstance(values, Score):
         return (values,) * num_responses
     if len(values) != num_responses:
@@ -100,8 +117,8 @@ def _weighted_sum(row: Sequence[Score], weights: Sequence[float]) -> float:
     return total if math.isfinite(total) else NAN
 
 
-def score_group(group: Group, scorers: Sequence[Scorer], weights: Mapping[str, float]) -> Group:
-    """The group with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
+def score_groups(groups: Sequence[Group], scorers: Sequence[Scorer], weights: Mapping[str, float]) -> list[Group]:
+    """The groups with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
 
     Raises:
         ValueError: two scorers have one name, or `weights` names none of them.
@@ -109,5 +126,9 @@ def score_group(group: Group, scorers: Sequence[Scorer], weights: Mapping[str, f
     names = [scorer.name for scorer in scorers]
     if len(set(names)) < len(names):
         raise ValueError(f"scorer names must differ, got {names}")
-    scores = {scorer.name: run_scorer(scorer, group) for scorer in scorers}
-    return group.with_scores(scores, combine(scores, weights))
+    by_scorer = {scorer.name: run_scorer_many(scorer, groups) for scorer in scorers}
+    scored = []
+    for i, group in enumerate(groups):
+        scores = {name: own[i] for name, own in by_scorer.items()}
+        scored.append(group.with_scores(scores, combine(scores, weights)))
+    return scored
