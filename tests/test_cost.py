@@ -74,9 +74,8 @@ def test_seconds_and_memory_by_hand() -> None:
         cache_bytes=2,
     )
     assert probe.seconds(Stage(forward=200, decode=30, train=40, steps=4)) == 2 + 3 + 2 + 2
-    assert (
-        probe.peak_bytes(config(generate={"batch_responses": 9}, train={"row_tokens": 1024})) == 1000 + 3000 + 2 * 500
-    )
+    few = config(generate={"batch_responses": 9, "max_new_tokens": 10}, train={"row_tokens": 1024})
+    assert probe.peak_bytes(few) == 1000 + 3000 + 2 * 500
     many = config(generate={"batch_responses": 1000, "max_new_tokens": 10})
     assert probe.peak_bytes(many) == 1000 + 2 * 1000 * 10
 

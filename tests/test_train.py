@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opentao.bestofn import target_log_ratio
 from opentao.config import Config, GenerateConfig, TrainConfig
 from opentao.errors import TrainError
 from opentao.objectives import OBJECTIVES
-from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise
+from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise, rate
 from opentao.policy import Policy, load_for_training
 from opentao.progress import Progress
 from opentao.session import Session
@@ -250,6 +251,33 @@ def test_the_gradient_is_clipped_and_its_norm_told() -> None:
     assert metrics.grad_norm == pytest.approx(50)
     assert model.weight.grad.tolist() == [pytest.approx([0.6, 0.8], abs=1e-6)]
     assert (start - model.weight).tolist() == [pytest.approx([0.25, 0.25], abs=1e-6)]
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 10, 11, 35, 100])
+def test_a_linear_schedule_rises_to_its_peak_and_falls_to_the_last_step(total: int) -> None:
+    rates = [rate("linear", step, total) for step in range(total)]
+    top = int(np.argmax(rates))
+    assert rates[top] == 1.0
+    assert 0 <= top <= max(0, 0.1 * total)
+    assert all(a < b for a, b in pairwise(rates[: top + 1]))
+    assert all(a > b for a, b in pairwise(rates[top:]))
+    assert 0 < rates[-1] <= max(2 / total, 0.1)
+    assert {rate("constant", step, total) for step in range(total)} == {1.0}
+
+
+def test_the_schedule_sets_the_size_of_each_step() -> None:
+    """AdamW under a constant gradient moves by the learning rate: ten steps of 0.1 x rate, so 0.1 x their sum."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    start = float(model.weight)
+
+    def step(batch: list[int]) -> tuple[float, int]:
+        loss = model.weight.sum()
+        loss.backward()
+        return float(loss.detach()), 1
+
+    config = TrainConfig(learning_rate=0.1, schedule="linear", max_grad_norm=10.0)
+    optimise(model, [[i] for i in range(10)], step, config, NO_CHECKPOINT, lambda m: None)
+    assert start - float(model.weight) == pytest.approx(0.1 * sum(rate("linear", i, 10) for i in range(10)), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the stage

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from opentao.errors import ConfigError
 from opentao.types import SamplingPlan, Strategy
 
+Schedule = Literal["constant", "linear"]
 Objective = Literal["regress", "distill", "online", "prefer"]
 
 
@@ -123,6 +124,7 @@ class TrainConfig(Node):
     method: Literal["lora", "full"] = "full"
     lora: LoraConfig = LoraConfig()
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
+    schedule: Schedule = Field("constant", description="linear: up over a tenth of the round's steps, then down to 0")
     epochs: int = Field(1, ge=1, description="passes over the round's groups")
     prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")
     max_grad_norm: float = Field(1.0, gt=0)

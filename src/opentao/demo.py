@@ -58,10 +58,10 @@ SCHEMA = {
         "summary": {"type": "string", "minLength": 8},
     },
 }
-NUM_PREFERENCE_TICKETS = 96
-NUM_TRAIN_TICKETS = 64
-NUM_HELDOUT_TICKETS = 32
-REWARD_TRAINING = RewardTraining(lr=1e-4, epochs=2, rankings_per_step=2)
+NUM_PREFERENCE_TICKETS = 120
+NUM_TRAIN_TICKETS = 96
+NUM_HELDOUT_TICKETS = 40
+REWARD_TRAINING = RewardTraining(lr=1.5e-4, epochs=3, rankings_per_step=4)
 
 
 def messages_of(ticket: str) -> tuple[dict[str, str], ...]:
@@ -111,9 +111,10 @@ def config_of(directory: Path, seed: int) -> Config:
                 "strategies": [
                     *({"name": c, "answer_prefix": f'{{"category": "{c}", "priority": "'} for c in CATEGORIES),
                     {"name": "plain"},
+                    {"name": "plain again"},
                 ],
             },
-            "train": {"objective": "distill", "target_n": 32, "learning_rate": 1e-4, "epochs": 2},
+            "train": {"objective": "distill", "target_n": 64, "learning_rate": 1e-4, "schedule": "linear", "epochs": 2},
             "evaluate": {"base_group_size": 16, "group_size": 4, "kl_responses": 1},
         }
     )

@@ -1,6 +1,6 @@
 """The optimiser loop that policies and reward models share: batches, AdamW, checkpoints, the NaN stop.
 
-Left out: learning-rate schedules and weight averaging; a round is short and has not been seen to need them.
+Left out: weight averaging; a round is short and has not been seen to need it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opentao.config import Schedule
 from opentao.errors import TrainError
 from opentao.policy import native_bf16
 from opentao.store import Run
 
 Item = TypeVar("Item")
+
+WARMUP = 0.1  # of all steps, in a linear schedule
 
 
 class OptimiserSettings(Protocol):
@@ -30,6 +33,8 @@ class OptimiserSettings(Protocol):
 
     @property
     def lr(self) -> float: ...
+    @property
+    def schedule(self) -> Schedule: ...
     @property
     def weight_decay(self) -> float: ...
     @property
@@ -69,9 +74,12 @@ def optimise(
     history = checkpoint.load(model, optimiser)
     for metrics in history:
         on_step(metrics)
+    steps = list(steps)
     for step, batch in enumerate(steps):
         if step < len(history):
             continue
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * rate(config.schedule, step, len(steps))
         optimiser.zero_grad()
         loss, tokens = accumulate(batch)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm))
@@ -90,6 +98,18 @@ def batches(items: Sequence[Item], epochs: int, size: int, seed: int) -> Iterato
         order = np.random.default_rng([seed, epoch]).permutation(len(items))
         for start in range(0, len(order), size):
             yield [items[i] for i in order[start : start + size]]
+
+
+def rate(schedule: Schedule, step: int, total: int) -> float:
+    """The learning rate of one step as a share of its peak: linear goes up over a tenth of the steps, then down.
+
+    >>> [rate("linear", step, 10) for step in (0, 1, 5, 9)]
+    [1.0, 0.9, 0.5, 0.1]
+    """
+    if schedule == "constant":
+        return 1.0
+    warmup = math.ceil(WARMUP * total)
+    return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup + 1)
 
 
 def num_steps(num_items: int, epochs: int, size: int) -> int:

@@ -22,6 +22,7 @@ from opentao.errors import ModelError
 
 PREFIX = -1  # `group_T` of tokens that all prompts of a row start with
 MIN_PREFIX = 16  # tokens from which a common start of prompts is computed once for the row
+SMALL_SCORES = 4_000_000  # entries
 CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
 
 
@@ -76,12 +77,13 @@ class Row:
         """Where the shared prefix and each group's prompt and responses lie in the row."""
         group, part = torch.tensor(self.group_T), torch.tensor(self.part_T)
         prefix = (group == PREFIX).nonzero()[:, 0]
-        layouts = [SegmentLayout(prefix[:0], prefix, [], device)] if len(prefix) else []
+        parts = []
         for g in dict.fromkeys(g for g in self.group_T if g != PREFIX):
-            prompt = ((group == g) & (part == 0)).nonzero()[:, 0]
-            parts = [((group == g) & (part == i)).nonzero()[:, 0] for i in range(1, int(part[group == g].max()) + 1)]
-            layouts.append(SegmentLayout(prefix, prompt, parts, device))
-        return RowLayout(layouts, torch.argsort(torch.cat([layout.covered for layout in layouts])).to(device))
+            own = [((group == g) & (part == i)).nonzero()[:, 0] for i in range(int(part[group == g].max()) + 1)]
+            parts.append((own[0], [response for response in own[1:] if len(response)]))
+        segments = [SegmentLayout(prefix[:0], [(prefix, [])], device)] if len(prefix) else []
+        segments += [SegmentLayout(prefix, together, device) for together in _of_like_length(parts)]
+        return RowLayout(segments, torch.argsort(torch.cat([segment.covered for segment in segments])).to(device))
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,31 +94,64 @@ class RowLayout:
     order_T: Tensor
 
 
-class SegmentLayout:
-    """Index tensors of one group in a row: the prefix before it, its prompt, and its responses padded to one length.
+Parts = tuple[Tensor, list[Tensor]]
+"""Where one group's tokens lie in the row: the prompt's, and those of each response that has any."""
 
-    Attention is computed apart for the prompt (over prefix and prompt) and for the responses (over prefix, prompt and
-    the own tokens), so its cost is about P² + N·R·(P + R) and no [T, T] mask exists.
+
+def _of_like_length(groups: Sequence[Parts]) -> list[list[Parts]]:
+    """Runs of groups that are attended together, padded to one length, at most doubling the work of the responses."""
+    runs: list[list[Parts]] = []
+    for group in groups:
+        if runs and _padding([*runs[-1], group]) <= 2.0:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return runs
+
+
+def _padding(groups: Sequence[Parts]) -> float:
+    """Padded over real work of the responses' attention: tokens times what each sees."""
+    prompts, lengths = [len(p) for p, _ in groups], [[len(r) for r in responses] for _, responses in groups]
+    real = sum(r * (p + r) for p, own in zip(prompts, lengths, strict=True) for r in own) + sum(p * p for p in prompts)
+    longest = max((r for own in lengths for r in own), default=0)
+    num = sum(map(len, lengths))
+    return (num * longest * (max(prompts) + longest) + len(prompts) * max(prompts) ** 2) / max(real, 1)
+
+
+class SegmentLayout:
+    """Index tensors of some groups in a row: the prefix before them, their prompts and their responses, each padded.
+
+    Attention is computed apart for the prompts (over prefix and prompt) and for the responses (over prefix, prompt and
+    the own tokens), so its cost is about P² + N·R·(P + R) a group and no [T, T] mask exists. Padding stands at the end
+    and repeats the row's first token: computed, never read.
     """
 
-    def __init__(self, prefix_C: Tensor, prompt_P: Tensor, responses: list[Tensor], device: torch.device) -> None:
-        responses = [r for r in responses if len(r)]
-        C, P = len(prefix_C), len(prompt_P)
-        self.prompt_P = prompt_P.to(device)
-        self.context = torch.cat([prefix_C, prompt_P]).to(device)
-        seen = torch.cat([torch.ones(P, C, dtype=torch.bool), torch.ones(P, P, dtype=torch.bool).tril()], 1)
-        self.prompt_mask = seen[None, None].to(device) if C else None  # None: plain causal
-        self.covered = torch.cat([prompt_P, *responses])
+    def __init__(self, prefix_C: Tensor, groups: Sequence[Parts], device: torch.device) -> None:
+        responses = [r for _, own in groups for r in own]
+        padded_GP = torch.nn.utils.rnn.pad_sequence([p for p, _ in groups], batch_first=True, padding_value=-1)
+        C, P = len(prefix_C), padded_GP.shape[1]
+        self.prefix_C = prefix_C.to(device)
+        self.prompts_GP = padded_GP.clamp(min=0).to(device)
+        self.prompt_mask = _causal(P, C)[None, None].to(device)
+        self.from_prompts = (padded_GP >= 0).flatten().nonzero()[:, 0].to(device)
+        self.covered = torch.cat([*(p for p, _ in groups), *responses])
         self.has_responses = bool(responses)
         if not responses:
             return
         padded_NR = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=-1)
-        R = padded_NR.shape[1]
-        # Padding repeats the row's first token: computed, never read.
+        group_N = torch.tensor([g for g, (_, own) in enumerate(groups) for _ in own])
+        N, R = padded_NR.shape
+        self.group_N = group_N.to(device)
         self.tokens_NR = padded_NR.clamp(min=0).to(device)
-        own = torch.ones(R, R, dtype=torch.bool).tril()
-        self.mask = torch.cat([torch.ones(R, C + P, dtype=torch.bool), own], 1)[None, None].to(device)
+        prompt_mask = (padded_GP >= 0)[group_N][:, None].expand(N, R, P)
+        mask = torch.cat([torch.ones(N, R, C, dtype=torch.bool), prompt_mask, _causal(R, 0).expand(N, R, R)], 2)
+        self.mask = mask[:, None].to(device)
         self.from_padded = (padded_NR >= 0).flatten().nonzero()[:, 0].to(device)
+
+
+def _causal(length: int, before: int) -> Tensor:
+    """Mask [length, before + length] of tokens that see all `before` them, and themselves."""
+    return torch.ones(length, before + length, dtype=torch.bool).tril(before)
 
 
 def _packed_attention(
@@ -131,21 +166,39 @@ def _packed_attention(
 
 
 def _attend_segment(layout: SegmentLayout, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Iterator[Tensor]:
-    """Yield the outputs [., H, D] of one group's prompt and of its responses, in the order of `layout.covered`."""
-    settings = {"scale": scaling, "enable_gqa": q.shape[0] != k.shape[0]}
-    mask = layout.prompt_mask
-    kc, vc = (x[:, layout.context][None] for x in (k, v))
-    prompt = torch.nn.functional.scaled_dot_product_attention(
-        q[:, layout.prompt_P][None], kc, vc, attn_mask=mask, is_causal=mask is None, **settings
-    )
-    yield prompt[0].transpose(0, 1)
+    """Yield the outputs [., H, D] of the prompts and of the responses, in the order of `layout.covered`."""
+    G = len(layout.prompts_GP)
+    prefix = [x[:, layout.prefix_C][None] for x in (k, v)]  # [1, Hk, C, D]
+    qp, kp, vp = (x[:, layout.prompts_GP].transpose(0, 1) for x in (q, k, v))  # [G, H, P, D]
+    context = [torch.cat([c.expand(G, -1, -1, -1), x], 2) for c, x in zip(prefix, (kp, vp), strict=True)]
+    yield _rows(_attend(qp, *context, layout.prompt_mask, scaling))[layout.from_prompts]
     if not layout.has_responses:
         return
-    N, R = layout.tokens_NR.shape
     qr, kr, vr = (x[:, layout.tokens_NR].transpose(0, 1) for x in (q, k, v))  # [N, H, R, D]
-    keys, values = (torch.cat([c.expand(N, -1, -1, -1), r], 2) for c, r in ((kc, kr), (vc, vr)))
-    mixed = torch.nn.functional.scaled_dot_product_attention(qr, keys, values, attn_mask=layout.mask, **settings)
-    yield mixed.transpose(1, 2).reshape(N * R, *mixed.shape[1::2])[layout.from_padded]
+    keys, values = (torch.cat([c[layout.group_N], x], 2) for c, x in zip(context, (kr, vr), strict=True))
+    yield _rows(_attend(qr, keys, values, layout.mask, scaling))[layout.from_padded]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, R, D] -> [B·R, H, D]"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """q [B, H, Q, D], k and v [B, Hk, K, D], mask [B or 1, 1, Q, K] -> [B, H, Q, Dv].
+
+    Small score matrices on a CPU are made outright: fused attention's backward is slow there.
+    """
+    B, H, Q, D = q.shape
+    Hk, K = k.shape[1:3]
+    if q.device.type != "cpu" or B * H * Q * K > SMALL_SCORES:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=Hk != H
+        )
+    grouped = (q * scaling).reshape(B, Hk, H // Hk * Q, D)
+    scores = (grouped @ k.transpose(-1, -2)).view(B, H, Q, K).masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32).to(v.dtype)
+    return (weights.view(B, Hk, H // Hk * Q, K) @ v).view(B, H, Q, -1)
 
 
 PACKED_ATTENTION = "opentao_packed"

@@ -1,7 +1,7 @@
 """The reward model (DBRM): predicts which of several answers people prefer. Training, scoring, export.
 
 A *guided* reward model asks a question after the answer ("Is this answer good or bad? The answer is") and reads a
-scalar head that starts as the difference of the language-model head's rows for " good" and " bad": it can judge a
+scalar head that starts along the difference of the language-model head's rows for " good" and " bad": it can judge a
 little before any training, so few preferences go far. The question is written into the tokenizer's chat template, hence
 the saved folder is an ordinary `AutoModelForSequenceClassification` that plain transformers scores alike.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from opentao.bestofn import bootstrap
+from opentao.config import Schedule
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
@@ -36,6 +37,7 @@ from opentao.types import Message
 QUESTION = "Is this answer good or bad?"
 LEAD_IN = "The answer is"
 GOOD, BAD = " good", " bad"
+HEAD_SCALE = 0.1  # at full size scores start nats apart, and the first steps go into undoing that (dev/LOG.md)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,6 +45,7 @@ class RewardTraining:
     """Settings of reward-model training; the defaults suit about a hundred rankings (dev/LOG.md)."""
 
     lr: float = 3e-5
+    schedule: Schedule = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     epochs: int = 1
@@ -71,7 +74,7 @@ class RewardModel:
 
     @classmethod
     def from_causal_lm(cls, name: str, *, trust_remote_code: bool = False) -> RewardModel:
-        """A guided reward model on a causal LM's weights: the head is row(" good") − row(" bad")."""
+        """A guided reward model on a causal LM's weights: the head is a tenth of row(" good") − row(" bad")."""
         where = str(resolve_model(name))
         causal = load_causal_lm(where, dtype=torch.float32, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
@@ -82,7 +85,7 @@ class RewardModel:
         head = causal.get_output_embeddings().weight
         good, bad = _good_and_bad(tokenizer)
         with torch.no_grad():
-            model.score.weight.copy_((head[good] - head[bad])[None])
+            model.score.weight.copy_(HEAD_SCALE * (head[good] - head[bad])[None])
         if tokenizer.pad_token is None:  # without one, plain transformers refuses a batch; the question ends every text
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
