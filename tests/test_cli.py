@@ -102,6 +102,10 @@ def weights(run: Path) -> dict[str, str]:
 
 
 class TestExitStatus:
+    def test_as_a_module(self) -> None:
+        done = subprocess.run([sys.executable, "-m", "opentao", "--help"], capture_output=True, text=True, check=True)
+        assert "Usage: tao " in done.stdout
+
     def test_help(self, tao: Tao) -> None:
         result = tao("--help")
         assert result.code == 0

@@ -252,6 +252,32 @@ def test_packing_is_exact_for(family: str) -> None:
                 torch.testing.assert_close(packed[g, i], expected, atol=1e-6 if "deepseek" in family else 1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("family", PACKED)
+def test_packing_under_autocast(family: str) -> None:
+    """bf16 products, whatever dtype a family's norms and rotations leave queries, keys and values in."""
+    model = random_model(family, torch.float32)
+    [sequences] = random_sequences([(6, [3, 5, 1])])
+    [row] = rows_for(model, [sequences], 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = row_logprobs(model, row)
+        with torch.no_grad():
+            plain = plain_logprobs(model, sequences)
+    torch.stack([lp.float().sum() for lp in packed]).sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    exact = plain_logprobs(model, sequences)
+    for own, same, true in zip(packed, plain, exact, strict=True):
+        # not further from fp32 than a few times what the plain layout in bf16 is
+        assert float((own.detach() - true).abs().max()) <= 0.1 + 4 * float((same - true).abs().max())
+
+
+@pytest.mark.parametrize("limit", [0, 150, 10**9])
+def test_fused_and_explicit_attention_agree(llama: Any, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, whichever blocks are small enough to make their scores outright."""
+    monkeypatch.setattr(pack, "SMALL_SCORES", limit)
+    groups = random_sequences([(20, [3, 5, 1]), (18, [4, 2]), (19, [1, 9])], common=pack.MIN_PREFIX)
+    assert_packed_is_plain(llama, groups, rows_for(llama, groups, 4096), 1.0, 7)
+
+
 NOT_SHARED = {
     "gemma2": {},  # caps attention scores
     "mamba": {},  # state space

@@ -33,6 +33,7 @@ from opentao.pack import Row
 from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
 from opentao.reward_model import (
+    HEAD_SCALE,
     QUESTION,
     RewardModel,
     RewardTraining,
@@ -101,20 +102,20 @@ def train(reward_model: RewardModel, rankings: Sequence[Ranking], **settings: An
 # ---------------------------------------------------------------------------------------------------- head
 
 
-def test_the_head_starts_as_the_difference_of_two_rows(guided: RewardModel, tiny_model_dir: Path) -> None:
+def test_the_head_starts_along_the_difference_of_two_rows(guided: RewardModel, tiny_model_dir: Path) -> None:
     """Here " good" and " bad" are a space and a word: the rows are those of the first tokens that differ."""
     causal = load_causal_lm(str(tiny_model_dir), dtype=torch.float32)
     tokenizer = load_tokenizer(str(tiny_model_dir))
     good, bad = (tokenizer("The answer is" + word).input_ids for word in (" good", " bad"))
     at = next(i for i in range(9) if good[i] != bad[i])
     head = causal.get_output_embeddings().weight
-    torch.testing.assert_close(guided.model.score.weight[0], head[good[at]] - head[bad[at]])
+    torch.testing.assert_close(guided.model.score.weight[0], HEAD_SCALE * (head[good[at]] - head[bad[at]]))
     assert guided.model.score.weight.abs().max() > 0
     for name, weight in causal.base_model.state_dict().items():
         assert torch.equal(guided.model.base_model.state_dict()[name], weight)
 
 
-def test_a_score_is_the_difference_of_two_logits(guided: RewardModel, tiny_model_dir: Path) -> None:
+def test_a_score_is_a_tenth_of_the_difference_of_two_logits(guided: RewardModel, tiny_model_dir: Path) -> None:
     """Before any training: how much more the model would go on with the one word than with the other."""
     causal = load_causal_lm(str(tiny_model_dir), dtype=torch.float32)
     tokenizer = load_tokenizer(str(tiny_model_dir))
@@ -124,7 +125,8 @@ def test_a_score_is_the_difference_of_two_logits(guided: RewardModel, tiny_model
     at = next(i for i in range(9) if good[i] != bad[i])
     with torch.no_grad():
         logits = causal(ids).logits[0, -1]
-    assert one_group(guided, ANSWERS[:1])[0] == pytest.approx(float(logits[good[at]] - logits[bad[at]]), abs=1e-4)
+    apart = float(logits[good[at]] - logits[bad[at]])
+    assert one_group(guided, ANSWERS[:1])[0] == pytest.approx(0.1 * apart, abs=1e-5)
 
 
 def test_the_common_prefix_is_computed_once(guided: RewardModel) -> None:
@@ -171,7 +173,7 @@ def test_scoring_does_not_switch_gradients_off_for_others(guided: RewardModel) -
 def test_a_saved_folder_is_scored_alike_by_plain_transformers(
     guided: RewardModel, tmp_path: Path, lora_rank: int
 ) -> None:
-    train(guided, toy_rankings(8), lr=3e-3, lora_rank=lora_rank)
+    train(guided, toy_rankings(16), lr=1e-2, epochs=3, lora_rank=lora_rank)
     guided.save(tmp_path / "rm")
     ours = one_group(guided)
     assert max(ours) - min(ours) > 0.1
@@ -345,6 +347,13 @@ def test_lora_trains_the_adapter_and_the_head(guided: RewardModel) -> None:
     assert after.keys() == before.keys()
     changed = {n.split(".")[-2] for n in before if not torch.equal(before[n], after[n])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score"}
+
+
+def test_full_training_changes_everything_but_the_token_embeddings(guided: RewardModel) -> None:
+    before = {n: p.detach().clone() for n, p in guided.model.named_parameters()}
+    train(guided, toy_rankings(4), lr=1e-3)
+    same = [n for n, p in guided.model.named_parameters() if torch.equal(before[n], p)]
+    assert same == ["model.embed_tokens.weight"]
 
 
 def test_what_stops_training(guided: RewardModel, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_linear_schedule_rises_to_its_peak_and_falls_to_the_last_step(total: i
 def test_the_schedule_sets_the_size_of_each_step() -> None:
     """AdamW under a constant gradient moves by the learning rate: ten steps of 0.1 x rate, so 0.1 x their sum."""
     model = torch.nn.Linear(1, 1, bias=False)
-    start = float(model.weight)
+    start = float(model.weight.detach())
 
     def step(batch: list[int]) -> tuple[float, int]:
         loss = model.weight.sum()
@@ -277,7 +277,9 @@ def test_the_schedule_sets_the_size_of_each_step() -> None:
 
     config = TrainConfig(learning_rate=0.1, schedule="linear", max_grad_norm=10.0)
     optimise(model, [[i] for i in range(10)], step, config, NO_CHECKPOINT, lambda m: None)
-    assert start - float(model.weight) == pytest.approx(0.1 * sum(rate("linear", i, 10) for i in range(10)), rel=1e-4)
+    assert start - float(model.weight.detach()) == pytest.approx(
+        0.1 * sum(rate("linear", i, 10) for i in range(10)), rel=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the stage

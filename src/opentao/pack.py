@@ -81,17 +81,72 @@ class Row:
         for g in dict.fromkeys(g for g in self.group_T if g != PREFIX):
             own = [((group == g) & (part == i)).nonzero()[:, 0] for i in range(int(part[group == g].max()) + 1)]
             parts.append((own[0], [response for response in own[1:] if len(response)]))
-        segments = [SegmentLayout(prefix[:0], [(prefix, [])], device)] if len(prefix) else []
-        segments += [SegmentLayout(prefix, together, device) for together in _of_like_length(parts)]
-        return RowLayout(segments, torch.argsort(torch.cat([segment.covered for segment in segments])).to(device))
+        segments = [SegmentLayout(0, [(prefix, [])], device)] if len(prefix) else []
+        segments += [SegmentLayout(len(prefix), together, device) for together in _of_like_length(parts)]
+        order = torch.argsort(torch.cat([segment.covered for segment in segments])).to(device)
+        return RowLayout(segments, len(prefix) > 0, order)
 
 
 @dataclass(slots=True, frozen=True)
 class RowLayout:
-    """The segments of a row, and the order that puts their outputs back into the row."""
+    """What attention needs to know of a row: its segments, and where each token's output stands in their order."""
 
     segments: list[SegmentLayout]
+    has_prefix: bool  # the first segment is what all other segments see
     order_T: Tensor
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for segment in self.segments for block in segment.blocks]
+
+
+@dataclass(slots=True, frozen=True)
+class Block:
+    """Runs of a row's tokens, padded to one length. Padding repeats the row's first token: computed, never read."""
+
+    tokens_BL: Tensor
+    padding_BL: Tensor
+    real: Tensor  # indices into B·L, without the padding
+
+    @staticmethod
+    def of(runs: Sequence[Tensor], device: torch.device) -> Block:
+        padded = torch.nn.utils.rnn.pad_sequence(list(runs), batch_first=True, padding_value=-1).to(device)
+        return Block(padded.clamp(min=0), padded < 0, (padded >= 0).flatten().nonzero()[:, 0])
+
+
+class _Spread(torch.autograd.Function):
+    """[T, H, D] -> one [B, L, H, D] a block. Every token stands in one block, so the gradient is gathered, not added.
+
+    Indexing's own backward adds into zeros of full size once a block, which took a tenth of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: RowLayout) -> tuple[Tensor, ...]:
+        ctx.layout = layout
+        return tuple(x[block.tokens_BL] for block in layout.blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grads, ctx.layout), None
+
+
+class _Collect(torch.autograd.Function):
+    """The blocks back as [T, H, D]: the inverse of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: RowLayout, *blocks: Tensor) -> Tensor:
+        ctx.layout = layout
+        return _gathered(blocks, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        blocks = ctx.layout.blocks
+        return None, *(grad[b.tokens_BL].masked_fill_(b.padding_BL[..., None, None], 0) for b in blocks)
+
+
+def _gathered(blocks: Sequence[Tensor], layout: RowLayout) -> Tensor:
+    real = [x.flatten(0, 1)[block.real] for x, block in zip(blocks, layout.blocks, strict=True)]
+    return torch.cat(real)[layout.order_T]
 
 
 Parts = tuple[Tensor, list[Tensor]]
@@ -119,34 +174,27 @@ def _padding(groups: Sequence[Parts]) -> float:
 
 
 class SegmentLayout:
-    """Index tensors of some groups in a row: the prefix before them, their prompts and their responses, each padded.
+    """Some groups of a row: a block of their prompts and a block of their responses, and who sees what.
 
     Attention is computed apart for the prompts (over prefix and prompt) and for the responses (over prefix, prompt and
-    the own tokens), so its cost is about P² + N·R·(P + R) a group and no [T, T] mask exists. Padding stands at the end
-    and repeats the row's first token: computed, never read.
+    the own tokens), so its cost is about P² + N·R·(P + R) a group and no [T, T] mask exists.
     """
 
-    def __init__(self, prefix_C: Tensor, groups: Sequence[Parts], device: torch.device) -> None:
+    def __init__(self, prefix_tokens: int, groups: Sequence[Parts], device: torch.device) -> None:
         responses = [r for _, own in groups for r in own]
-        padded_GP = torch.nn.utils.rnn.pad_sequence([p for p, _ in groups], batch_first=True, padding_value=-1)
-        C, P = len(prefix_C), padded_GP.shape[1]
-        self.prefix_C = prefix_C.to(device)
-        self.prompts_GP = padded_GP.clamp(min=0).to(device)
+        prompts = Block.of([p for p, _ in groups], device)
+        C, P = prefix_tokens, prompts.tokens_BL.shape[1]
         self.prompt_mask = _causal(P, C)[None, None].to(device)
-        self.from_prompts = (padded_GP >= 0).flatten().nonzero()[:, 0].to(device)
         self.covered = torch.cat([*(p for p, _ in groups), *responses])
-        self.has_responses = bool(responses)
+        self.blocks = [prompts]
         if not responses:
             return
-        padded_NR = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=-1)
-        group_N = torch.tensor([g for g, (_, own) in enumerate(groups) for _ in own])
-        N, R = padded_NR.shape
-        self.group_N = group_N.to(device)
-        self.tokens_NR = padded_NR.clamp(min=0).to(device)
-        prompt_mask = (padded_GP >= 0)[group_N][:, None].expand(N, R, P)
-        mask = torch.cat([torch.ones(N, R, C, dtype=torch.bool), prompt_mask, _causal(R, 0).expand(N, R, R)], 2)
-        self.mask = mask[:, None].to(device)
-        self.from_padded = (padded_NR >= 0).flatten().nonzero()[:, 0].to(device)
+        self.blocks.append(Block.of(responses, device))
+        N, R = self.blocks[1].tokens_BL.shape
+        self.group_N = torch.tensor([g for g, (_, own) in enumerate(groups) for _ in own], device=device)
+        context = torch.ones(N, R, C, dtype=torch.bool, device=device)
+        own_prompt = ~prompts.padding_BL[self.group_N][:, None].expand(N, R, P)
+        self.mask = torch.cat([context, own_prompt, _causal(R, 0).to(device).expand(N, R, R)], 2)[:, None]
 
 
 def _causal(length: int, before: int) -> Tensor:
@@ -161,27 +209,32 @@ def _packed_attention(
     if "layouts" not in kwargs:
         raise ModelError(f"{module.config.model_type}: does not hand arguments to its attention; it cannot be packed")
     layout: RowLayout = kwargs["layouts"]
-    pieces = [out for segment in layout.segments for out in _attend_segment(segment, q[0], k[0], v[0], scaling)]
-    return torch.cat(pieces)[layout.order_T][None], None
+    spread = [_Spread.apply(x[0].transpose(0, 1), layout) for x in (q, k, v)]
+    # [B, L, H, D] -> [B, H, L, D]
+    blocks = [tuple(x.transpose(1, 2) for x in qkv) for qkv in zip(*spread, strict=True)]
+    prefix: list[Tensor] = []
+    outputs = []
+    for segment in layout.segments:
+        own, blocks = blocks[: len(segment.blocks)], blocks[len(segment.blocks) :]
+        outputs += _attend_segment(segment, prefix, own, scaling)
+        if segment is layout.segments[0] and layout.has_prefix:
+            prefix = list(own[0][1:])
+    return _Collect.apply(layout, *(out.transpose(1, 2) for out in outputs))[None], None
 
 
-def _attend_segment(layout: SegmentLayout, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Iterator[Tensor]:
-    """Yield the outputs [., H, D] of the prompts and of the responses, in the order of `layout.covered`."""
-    G = len(layout.prompts_GP)
-    prefix = [x[:, layout.prefix_C][None] for x in (k, v)]  # [1, Hk, C, D]
-    qp, kp, vp = (x[:, layout.prompts_GP].transpose(0, 1) for x in (q, k, v))  # [G, H, P, D]
-    context = [torch.cat([c.expand(G, -1, -1, -1), x], 2) for c, x in zip(prefix, (kp, vp), strict=True)]
-    yield _rows(_attend(qp, *context, layout.prompt_mask, scaling))[layout.from_prompts]
-    if not layout.has_responses:
+def _attend_segment(
+    layout: SegmentLayout, prefix: Sequence[Tensor], blocks: Sequence[tuple[Tensor, ...]], scaling: float
+) -> Iterator[Tensor]:
+    """Yield the outputs [B, H, L, D] of a segment's blocks; `prefix` is the keys and values of what stands before."""
+    q, *context = blocks[0]
+    if prefix:
+        context = [torch.cat([c.expand(len(q), -1, -1, -1), x], 2) for c, x in zip(prefix, context, strict=True)]
+    yield _attend(q, context[0], context[1], layout.prompt_mask, scaling)
+    if len(blocks) == 1:
         return
-    qr, kr, vr = (x[:, layout.tokens_NR].transpose(0, 1) for x in (q, k, v))  # [N, H, R, D]
-    keys, values = (torch.cat([c[layout.group_N], x], 2) for c, x in zip(context, (kr, vr), strict=True))
-    yield _rows(_attend(qr, keys, values, layout.mask, scaling))[layout.from_padded]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, R, D] -> [B·R, H, D]"""
-    return x.transpose(1, 2).flatten(0, 1)
+    q, *own = blocks[1]
+    keys, values = (torch.cat([c.index_select(0, layout.group_N), x], 2) for c, x in zip(context, own, strict=True))
+    yield _attend(q, keys, values, layout.mask, scaling)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -195,10 +248,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Te
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=Hk != H
         )
+    q, k = q.to(v.dtype), k.to(v.dtype)  # normed queries and keys leave autocast's dtype
     grouped = (q * scaling).reshape(B, Hk, H // Hk * Q, D)
-    scores = (grouped @ k.transpose(-1, -2)).view(B, H, Q, K).masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32).to(v.dtype)
-    return (weights.view(B, Hk, H // Hk * Q, K) @ v).view(B, H, Q, -1)
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    with torch.autocast("cpu", enabled=False):  # which would turn the softmax and its gradient to fp32 and back
+        scores = (grouped @ k.transpose(-1, -2)).view(B, H, Q, K) + bias
+        return (scores.softmax(-1).view(B, Hk, H // Hk * Q, K) @ v).view(B, H, Q, -1)
 
 
 PACKED_ATTENTION = "opentao_packed"

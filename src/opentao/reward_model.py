@@ -190,6 +190,8 @@ def train_reward_model(
             task_type="SEQ_CLS",
         )
         model = reward_model.model = get_peft_model(model, lora)
+    else:  # a few rankings say little of single tokens, and a dense gradient of the whole table costs a 20th of a step
+        model.get_input_embeddings().requires_grad_(False)
     items = [(reward_model.encode(r.prompt.messages, r.texts), r) for r in rankings]
     longest = max(len(s.prompt_P) + max(map(len, s.responses_NR)) for s, _ in items)
     if longest > config.max_tokens:

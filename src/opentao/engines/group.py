@@ -160,9 +160,10 @@ class GroupEngine:
         uniforms = torch.stack([_uniforms(s.seed, plan.max_new_tokens) for s in streams]).to(loaded.device)
         steps = max(len(s.tail) for s in streams) + plan.max_new_tokens
         logits = decoder.prefill(blocks, streams, steps, self.prefill_tokens)
+        room = room_for(logits)
         live = list(range(len(streams)))
         for step in range(steps):
-            tokens = self._next_tokens([streams[i] for i in live], logits, uniforms[live], step, stops, plan)
+            tokens = self._next_tokens([streams[i] for i in live], logits, uniforms[live], step, stops, plan, room)
             going = [k for k, i in enumerate(live) if not _done(streams[i], plan)]
             if not going:
                 return
@@ -180,6 +181,7 @@ class GroupEngine:
         step: int,
         stops: frozenset[int],
         plan: SamplingPlan,
+        room: Tensor,
     ) -> Tensor:
         """The token each live stream goes on with: the next of its tail, or (kept) of its prefix, or one drawn."""
         forced = [(s.tail + s.prefix)[step] if step < len(s.tail) + len(s.prefix) else -1 for s in live]
@@ -188,7 +190,7 @@ class GroupEngine:
             return forced_L
         number = torch.tensor([min(max(step - len(s.tail), 0), plan.max_new_tokens - 1) for s in live])
         uniform_L = uniforms_LR.gather(1, number.to(uniforms_LR.device)[:, None])[:, 0]
-        tokens, logprobs = draw(logits_LV, uniform_L, plan, forced_L)
+        tokens, logprobs = draw(logits_LV, uniform_L, plan, forced_L, room)
         for s, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
             if step >= len(s.tail) and not _done(s, plan):
                 self._append(s, token, logprob, stops, plan.stop)
@@ -219,7 +221,11 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def draw(
-    logits_LV: Tensor, uniform_L: Tensor, plan: SamplingPlan, forced_L: Tensor | None = None
+    logits_LV: Tensor,
+    uniform_L: Tensor,
+    plan: SamplingPlan,
+    forced_L: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverse CDF. Log-probs are of the full distribution at the temperature (1 if greedy).
 
@@ -227,8 +233,9 @@ def draw(
         logits_LV: unscaled logits of L rows.
         uniform_L: one number in [0, 1) a row.
         forced_L: tokens to take instead of drawing; -1 = draw.
+        room: what `room_for` gave for as many rows or more, to be used again at every step.
     """
-    mass, peak, width = _masses(logits_LV, plan.temperature or 1.0)
+    mass, peak, width = _masses(logits_LV, plan.temperature or 1.0, room if room is not None else room_for(logits_LV))
     total = mass.sum(-1, keepdim=True)
     if plan.truncated:
         mass = truncate(mass, plan.top_k, plan.top_p)
@@ -239,21 +246,31 @@ def draw(
     return token[:, 0], logprob[:, 0]
 
 
-def _masses(logits_LV: Tensor, temperature: float) -> tuple[Tensor, Tensor, int]:
-    """exp(logit/temperature − peak) in fp32 with one allocation, padded with zeros to whole blocks; peak; block width.
+def room_for(logits_LV: Tensor) -> Tensor:
+    """Memory for the work of `draw`, [rows, vocabulary padded to whole blocks], fp32.
 
-    Allocating tensors of [rows, vocabulary] costs more here than the arithmetic on them.
+    Fresh pages for it at every step cost several times the arithmetic on them.
     """
     L, V = logits_LV.shape
-    width = math.ceil(math.sqrt(V))
-    mass = torch.empty(L, math.ceil(V / width) * width, dtype=torch.float32, device=logits_LV.device)
+    width = _block_width(V)
+    return torch.empty(L, math.ceil(V / width) * width, dtype=torch.float32, device=logits_LV.device)
+
+
+def _block_width(vocabulary: int) -> int:
+    return math.ceil(math.sqrt(vocabulary))
+
+
+def _masses(logits_LV: Tensor, temperature: float, room: Tensor) -> tuple[Tensor, Tensor, int]:
+    """exp(logit/temperature − peak) in `room`, padded with zeros to whole blocks; the peak; the block width."""
+    L, V = logits_LV.shape
+    mass = room[:L]
     scaled = mass[:, :V].copy_(logits_LV)
     if temperature != 1.0:
         scaled.div_(temperature)
     peak = scaled.amax(-1, keepdim=True)
     scaled.sub_(peak).exp_()
     mass[:, V:] = 0
-    return mass, peak, width
+    return mass, peak, _block_width(V)
 
 
 def _inverse_cdf(mass_LV: Tensor, uniform_L: Tensor, width: int) -> Tensor:
