@@ -172,6 +172,14 @@ class TestChecksOverSeveralKeys:
     def test_online_alone_is_fine(self, config_file: Path) -> None:
         assert load_config(config_file, ["train.objective=online"]).train.objective == "online"
 
+    def test_the_learners_temperature(self, config_file: Path) -> None:
+        assert load_config(config_file, ["generate.temperature=0.6"]).learner_temperature == 0.6
+        sharper = ["generate.temperature=0.6", "train.temperature=1.0"]
+        assert load_config(config_file, sharper).learner_temperature == 1.0
+        assert load_config(config_file, ["train.objective=online", "train.temperature=1.0"])  # the default of sampling
+        with pytest.raises(ConfigError, match=r"train\.temperature: importance weights of online need"):
+            load_config(config_file, ["train.objective=online", *sharper])
+
     def test_strategies(self, config_file: Path) -> None:
         text = GOOD + "generate:\n  strategies: [{name: a}, {name: a}]\n"
         assert "tao.yaml:14: generate.strategies: strategy names must differ" in complaint(config_file, text)

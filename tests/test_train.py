@@ -377,6 +377,18 @@ def test_nothing_is_trained_twice(run: Run, base: Policy, monkeypatch: pytest.Mo
         train(open_stage(run, base), 1, base, some_groups(4))
 
 
+def test_the_learner_may_have_a_temperature_of_its_own(base: Policy, tmp_path: Path) -> None:
+    """It stands for that of sampling wherever the learner takes log-probs."""
+    hashes = []
+    for name, settings, sampling in (("own", {"temperature": 0.5}, 0.8), ("same", {}, 0.5), ("other", {}, 0.8)):
+        with Run(tmp_path / name) as run:
+            session = open_stage(run, base, **settings)
+            session.config = session.config.model_copy(update={"generate": GenerateConfig(temperature=sampling)})
+            train(session, 1, base, some_groups())
+            hashes.append(file_hash(run.path("round-1/policy") / "model.safetensors"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 class Killed(BaseException):
     """As good as SIGKILL: nothing in the package catches it."""
 

@@ -125,6 +125,7 @@ class TrainConfig(Node):
     lora: LoraConfig = LoraConfig()
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
     schedule: Schedule = Field("constant", description="linear: up over a tenth of the round's steps, then down to 0")
+    temperature: float | None = Field(None, gt=0, description="of the learner's log-probs; default: that of sampling")
     epochs: int = Field(1, ge=1, description="passes over the round's groups")
     prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")
     max_grad_norm: float = Field(1.0, gt=0)
@@ -186,7 +187,14 @@ class Config(Node):
                     "train.objective: importance weights of online need top_p 1, top_k 0 and only the plain strategy"
                     " (its samples must come from the policy's own distribution)"
                 )
+            if self.learner_temperature != self.generate.temperature:
+                raise ValueError("train.temperature: importance weights of online need that of generate.temperature")
         return self
+
+    @property
+    def learner_temperature(self) -> float:
+        """At which the learner takes log-probs. 1 with samples at less makes the policy sharper than it was sampled."""
+        return self.generate.temperature if self.train.temperature is None else self.train.temperature
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

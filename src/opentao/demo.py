@@ -59,7 +59,7 @@ SCHEMA = {
     },
 }
 NUM_PREFERENCE_TICKETS = 120
-NUM_TRAIN_TICKETS = 80
+NUM_TRAIN_TICKETS = 96
 NUM_HELDOUT_TICKETS = 48
 REWARD_TRAINING = RewardTraining(lr=1.5e-4, epochs=3, rankings_per_step=4)
 
@@ -106,7 +106,7 @@ def config_of(directory: Path, seed: int) -> Config:
             "rounds": 2,
             "seed": seed,
             "generate": {
-                "temperature": 0.7,
+                "temperature": 0.5,
                 "max_new_tokens": 40,
                 "strategies": [
                     *({"name": c, "answer_prefix": f'{{"category": "{c}", "priority": "'} for c in CATEGORIES),
@@ -115,7 +115,14 @@ def config_of(directory: Path, seed: int) -> Config:
                 "group_size": len(CATEGORIES) + 1,
                 "batch_responses": 384,  # 48 tickets of 8: the base's held-out groups at once
             },
-            "train": {"objective": "distill", "target_n": 64, "learning_rate": 2e-4, "schedule": "linear", "epochs": 3},
+            "train": {
+                "objective": "distill",
+                "target_n": 64,
+                "learning_rate": 2e-4,
+                "schedule": "linear",
+                "epochs": 3,
+                "temperature": 1.0,
+            },
             "evaluate": {"base_group_size": 8, "group_size": 3, "kl_responses": 1},
         }
     )

@@ -165,7 +165,7 @@ def _of_like_length(groups: Sequence[Parts]) -> list[list[Parts]]:
 
 
 def _padding(groups: Sequence[Parts]) -> float:
-    """Padded over real work of the responses' attention: tokens times what each sees."""
+    """Padded over real work of attention: tokens times what each sees."""
     prompts, lengths = [len(p) for p, _ in groups], [[len(r) for r in responses] for _, responses in groups]
     real = sum(r * (p + r) for p, own in zip(prompts, lengths, strict=True) for r in own) + sum(p * p for p in prompts)
     longest = max((r for own in lengths for r in own), default=0)

@@ -182,7 +182,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         "loss_last": None,
     }
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
-    settings = [config.train.model_dump(mode="json"), config.generate.temperature, config.seed]
+    settings = [config.train.model_dump(mode="json"), config.learner_temperature, config.seed]
     key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
@@ -236,7 +236,7 @@ def _train_round(
             examples,
             config,
             seed=session.config.seed + round_,
-            temperature=session.config.generate.temperature,
+            temperature=session.config.learner_temperature,
             checkpoint=checkpoint,
             on_step=on_step,
         )
@@ -258,6 +258,6 @@ def _reference(session: Session, round_: int, loaded: LoadedPolicy, examples: li
             loaded.model,
             examples,
             config,
-            session.config.generate.temperature,
+            session.config.learner_temperature,
             lambda tokens: step.advance(1, tokens=tokens),
         )
