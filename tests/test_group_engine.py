@@ -21,7 +21,7 @@ from opentao.engines.group import GroupEngine, PlainDecoder, SharedDecoder, draw
 from opentao.models import load_tokenizer
 from opentao.pack import Sequences, common_prefix, plan_rows, row_logprobs
 from opentao.policy import LoadedPolicy, Policy, encode_prompt
-from opentao.types import PLAIN, Group, Prompt, SamplingPlan, Strategy
+from opentao.types import PLAIN, Group, Prompt, ReportingEngine, SamplingPlan, Strategy
 
 TEXTS = ("My parcel is late.", "Hi", "How do I change my password? The link in the mail has expired. Please help me!")
 PROMPTS = [Prompt.from_text(text) for text in TEXTS]
@@ -557,3 +557,14 @@ def test_a_token_without_mass_is_never_drawn() -> None:
     plan = SamplingPlan(top_k=1)
     tokens, _ = draw(torch.tensor([[1.0, 3.0, 2.0]]).expand(3, 3), torch.tensor([0.0, 0.5, 1 - 2**-24]), plan)
     assert tokens.tolist() == [1, 1, 1]
+
+
+def test_progress_is_told_while_groups_are_made(engine: GroupEngine) -> None:
+    told: list[tuple[float, int]] = []
+    engine.on_progress = lambda groups, tokens: told.append((groups, tokens))
+    plan = SamplingPlan(group_size=2, max_new_tokens=6)
+    groups = sampled(engine, plan)
+    assert isinstance(engine, ReportingEngine)
+    assert told == sorted(told) and len(told) > 5
+    assert told[0] == (pytest.approx(len(PROMPTS) / 6), 2 * len(PROMPTS))
+    assert told[-1] == (len(PROMPTS), sum(len(r.tokens_R) for g in groups for r in g.responses))

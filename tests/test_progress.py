@@ -40,6 +40,27 @@ def test_plain_lines_at_start_every_five_seconds_and_at_the_end():
     ]
 
 
+def test_work_under_way_counts_for_speed_and_time_left_until_its_units_are_done():
+    clock = Clock()
+    progress, out = plain(clock)
+    with progress, progress.stage("generate", total=48, unit="prompts") as step:
+        clock.now += 6
+        step.underway(12.0, 600)  # half of the work on 24 prompts side by side
+        clock.now += 6
+        step.underway(24.0, 1000)
+        for _ in range(24):
+            step.advance(1, tokens=50)
+        assert (step.done, step.part, step.part_tokens, step.seconds_left) == (24, 0.0, 0, 12.0)
+        clock.now += 12
+        step.advance(24, tokens=1200)
+    assert out.getvalue().splitlines() == [
+        "generate  0/48 prompts",
+        "generate  0/48 prompts · 100 tok/s · 18 s left",
+        "generate  0/48 prompts · 83 tok/s · 12 s left",
+        "generate  48 prompts in 24 s · 2,400 tokens, 100 tok/s",
+    ]
+
+
 def test_seconds_and_tokens_are_summed_by_stage_name():
     clock = Clock()
     progress, _ = plain(clock)

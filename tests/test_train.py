@@ -172,6 +172,24 @@ def test_only_the_adapter_is_trained(base: Policy) -> None:
     assert all(p.requires_grad for p in load_for_training(base, TrainConfig(method="full"), seed=0).model.parameters())
 
 
+def test_token_embeddings_can_be_left_as_they_are(base: Policy) -> None:
+    config = TrainConfig(train_embeddings=False, objective="distill")
+    model = load_for_training(base, config, seed=0).model
+    assert not any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train_policy(
+        model,
+        examples_of(some_groups(), config),
+        config,
+        seed=0,
+        temperature=TEMPERATURE,
+        checkpoint=NO_CHECKPOINT,
+        on_step=lambda metrics: None,
+    )
+    same = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert same == {n for n in before if "embed_tokens" in n}
+
+
 def test_the_adapter_switched_off_is_the_base(base: Policy) -> None:
     config = TrainConfig(method="lora")
     examples, again = examples_of(some_groups(), config), examples_of(some_groups(), config)

@@ -88,8 +88,12 @@ def _fail(message: str, status: int) -> Any:
     raise typer.Exit(status)
 
 
-def _quiet_libraries() -> None:
-    """transformers draws bars of its own; ours say more."""
+def _prepare_process() -> None:
+    """For commands that compute. transformers draws bars of its own; ours say more."""
+    from opentao.allocator import use_large_pages
+
+    use_large_pages()
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -108,7 +112,7 @@ def _open(config: Path, run: Path, overrides: list[str] | None) -> Iterator[Sess
     from opentao.session import open_session
 
     loaded = load_config(config, overrides or ())
-    _quiet_libraries()
+    _prepare_process()
     with Progress() as progress, open_session(loaded, run, progress) as session:
         yield session
 
@@ -133,7 +137,7 @@ def demo(
     """Watch the whole method on a support desk, with the built-in model."""
     from opentao.demo import run_demo
 
-    _quiet_libraries()
+    _prepare_process()
     with Progress() as progress:
         summary = run_demo(run, seed, progress)
     _finished(summary, run, as_json)
@@ -163,7 +167,7 @@ def run_command(
     loaded = load_config(config, overrides or ())
     from opentao import loop
 
-    _quiet_libraries()
+    _prepare_process()
     with Progress() as progress:
         summary = loop.run(loaded, run, progress)
     _finished(summary, run, as_json)
@@ -347,7 +351,7 @@ def doctor(
 
     loaded: Config | None = load_config(config) if config else None
     prompts = read_prompts(Path(loaded.prompts.path)).prompts if loaded else ()
-    _quiet_libraries()
+    _prepare_process()
     found = diagnose(loaded, prompts)
     if as_json:
         _emit(found, True)
@@ -376,7 +380,7 @@ def reward_train(
     if out.exists():
         raise ConfigError(f"{out}: exists already; name a new folder")
     found = read_preferences(pairs)
-    _quiet_libraries()
+    _prepare_process()
     settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, seed=seed)
     with Progress() as progress:
         if found.set_aside:
@@ -398,7 +402,7 @@ def reward_eval(
     from opentao.reward_model import RewardModel, accuracy
 
     found = read_preferences(pairs)
-    _quiet_libraries()
+    _prepare_process()
     with Progress() as progress:
         facts = accuracy(RewardModel.load(model), found.rankings, progress)
     a, b = facts["accuracy"], facts["longer_wins"]

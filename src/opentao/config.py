@@ -123,6 +123,7 @@ class TrainConfig(Node):
     objective: Objective = "regress"
     method: Literal["lora", "full"] = "full"
     lora: LoraConfig = LoraConfig()
+    train_embeddings: bool = Field(True, description="full: false leaves token embeddings, and a head tied to them")
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
     schedule: Schedule = Field("constant", description="linear: up over a tenth of the round's steps, then down to 0")
     temperature: float | None = Field(None, gt=0, description="of the learner's log-probs; default: that of sampling")

@@ -58,9 +58,9 @@ SCHEMA = {
         "summary": {"type": "string", "minLength": 8},
     },
 }
-NUM_PREFERENCE_TICKETS = 120
+NUM_PREFERENCE_TICKETS = 110
 NUM_TRAIN_TICKETS = 96
-NUM_HELDOUT_TICKETS = 48
+NUM_HELDOUT_TICKETS = 40
 REWARD_TRAINING = RewardTraining(lr=1.5e-4, epochs=3, rankings_per_step=4)
 
 
@@ -113,7 +113,7 @@ def config_of(directory: Path, seed: int) -> Config:
                     {"name": "plain"},
                 ],
                 "group_size": len(CATEGORIES) + 1,
-                "batch_responses": 384,  # 48 tickets of 8: the base's held-out groups at once
+                "batch_responses": 384,  # a round's groups at once
             },
             "train": {
                 "objective": "distill",
@@ -122,6 +122,7 @@ def config_of(directory: Path, seed: int) -> Config:
                 "schedule": "linear",
                 "epochs": 3,
                 "temperature": 1.0,
+                "train_embeddings": False,
             },
             "evaluate": {"base_group_size": 8, "group_size": 3, "kl_responses": 1},
         }

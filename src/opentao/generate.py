@@ -12,7 +12,7 @@ from dataclasses import asdict
 from opentao.policy import Policy
 from opentao.session import Session, shards
 from opentao.store import groups_to_table
-from opentao.types import Group, Prompt, SamplingPlan, content_hash
+from opentao.types import Group, Prompt, ReportingEngine, SamplingPlan, content_hash
 
 
 def generate(
@@ -29,6 +29,8 @@ def generate(
                 step.reuse(len(batch))
             else:
                 session.engine.load(policy)
+                if isinstance(session.engine, ReportingEngine):
+                    session.engine.on_progress = step.underway
                 groups = []
                 for group in session.engine.sample(batch, plan):
                     groups.append(group)

@@ -252,7 +252,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Te
     grouped = (q * scaling).reshape(B, Hk, H // Hk * Q, D)
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     with torch.autocast("cpu", enabled=False):  # which would turn the softmax and its gradient to fp32 and back
-        scores = (grouped @ k.transpose(-1, -2)).view(B, H, Q, K) + bias
+        scores = (grouped @ k.transpose(-1, -2)).view(B, H, Q, K).add_(bias)
         return (scores.softmax(-1).view(B, Hk, H // Hk * Q, K) @ v).view(B, H, Q, -1)
 
 

@@ -120,6 +120,8 @@ def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedP
         loaded.model = get_peft_model(loaded.model, lora)
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(config.method == "full" or "lora_" in name)
+    if not config.train_embeddings:
+        loaded.model.get_input_embeddings().requires_grad_(False)
     return loaded
 
 

@@ -54,12 +54,21 @@ class Stage:
     done: int = 0
     reused: int = 0  # part of `done` that an earlier run had made; says nothing about today's speed
     tokens: int = 0
+    part: float = 0.0  # units' worth of work in what is being made side by side and not done yet
+    part_tokens: int = 0
     said: float = field(default=0.0)  # when the last plain line was written
 
     def advance(self, count: int = 1, *, tokens: int = 0) -> None:
         """`count` more units are done; they cost `tokens`."""
         self.done += count
         self.tokens += tokens
+        self.part = max(0.0, self.part - count)
+        self.part_tokens = max(0, self.part_tokens - tokens)
+        self.on_change(self)
+
+    def underway(self, part: float, tokens: int) -> None:
+        """Of the units that are being made side by side, `part` units' worth of work is done: `tokens` so far."""
+        self.part, self.part_tokens = part, tokens
         self.on_change(self)
 
     def reuse(self, count: int = 1) -> None:
@@ -74,15 +83,15 @@ class Stage:
     @property
     def speed(self) -> float:
         """Tokens per second since the stage began; 0 if no tokens were counted."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return (self.tokens + self.part_tokens) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """None until the first unit is made, or without a total."""
-        made = self.done - self.reused
+        """None until something is made, or without a total."""
+        made = self.done - self.reused + self.part
         if self.total is None or made <= 0:
             return None
-        return max(0, self.total - self.done) * self.seconds / made
+        return max(0.0, self.total - self.done - self.part) * self.seconds / made
 
     @property
     def count(self) -> str:
@@ -91,7 +100,7 @@ class Stage:
 
     def facts(self) -> list[str]:
         """What a running stage shows besides its label: count, speed, time left."""
-        speed = [f"{self.speed:,.0f} tok/s"] if self.tokens else []
+        speed = [f"{self.speed:,.0f} tok/s"] if self.tokens or self.part_tokens else []
         left = [f"{duration(self.seconds_left)} left"] if self.seconds_left is not None else []
         return [self.count, *speed, *left]
 
@@ -186,7 +195,7 @@ class Progress:
     def _changed(self, stage: Stage) -> None:
         if self._bars is not None:
             task = next(t for t in self._bars.tasks if t.fields["stage"] is stage)
-            self._bars.update(task.id, completed=stage.done)
+            self._bars.update(task.id, completed=stage.done + stage.part)
         elif self._clock() - stage.said >= self._every and stage.done != stage.total:
             stage.said = self._clock()
             self._line(stage, " · ".join(stage.facts()))

@@ -250,6 +250,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         title=Text(f"{visible(run.model)}: {run.base.first_try.n} held-out prompts"),
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for name in ("", "reward", "interval", *(("audit", "interval") if run.audit else ()), "baked"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)

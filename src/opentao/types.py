@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -208,6 +208,13 @@ class Engine(Protocol):
 
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
         """Yield one unscored Group a prompt, in any order; one that cannot be sampled has a `failure`."""
+
+
+@runtime_checkable
+class ReportingEngine(Protocol):
+    """An engine that makes many groups side by side and says meanwhile how far it is."""
+
+    on_progress: Callable[[float, int], None]  # groups' worth of work done in what it is making, tokens so far
 
 
 class Scorer(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 
 MAX_OWN_TOKENS = 131_072  # of all responses that are decoded side by side: 3 GB for the built-in model in bf16
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of transformers, newest first; the last is state-space
 MAX_TAIL = 32  # tokens by which strategies of a group may differ and still share their prompt's prefix
 
 
@@ -64,6 +65,7 @@ class GroupEngine:
         self.batch_responses = batch_responses
         self.prefill_tokens = prefill_tokens
         self.loaded: LoadedPolicy | None = None
+        self.on_progress: Callable[[float, int], None] = lambda groups, tokens: None  # see `ReportingEngine`
 
     def load(self, policy: Policy) -> None:
         if self.loaded is None or self.loaded.policy.hash != policy.hash:
@@ -164,14 +166,19 @@ class GroupEngine:
         live = list(range(len(streams)))
         for step in range(steps):
             tokens = self._next_tokens([streams[i] for i in live], logits, uniforms[live], step, stops, plan, room)
+            self._report((step + 1) / steps, streams, plan)
             going = [k for k, i in enumerate(live) if not _done(streams[i], plan)]
             if not going:
-                return
+                break
             if len(going) <= 0.75 * len(live):
                 decoder.keep(going)
                 live, tokens = [live[k] for k in going], tokens[going]
             drawing = any(step + 1 >= len(streams[i].tail) for i in live)
             logits = decoder.step(tokens, need_logits=drawing)
+        self._report(1.0, streams, plan)
+
+    def _report(self, share: float, streams: list[Stream], plan: SamplingPlan) -> None:
+        self.on_progress(share * len(streams) / plan.group_size, sum(len(s.tokens_R) for s in streams))
 
     def _next_tokens(
         self,
@@ -364,7 +371,7 @@ def _run_prompts(
         before, cache = start.get_seq_length(), DynamicCache()
         for i, layer in enumerate(start.layers):
             cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), i)
-        past = {"past_key_values": cache}
+        past = {_cache_argument(model): cache}
     positions = before + (mask.cumsum(-1) - 1).clamp(min=0)
     mask = torch.cat([mask.new_ones(len(prompts), before), mask], 1)
     output = model.base_model(
@@ -374,8 +381,13 @@ def _run_prompts(
         use_cache=True,
         **past,
     )
-    cache = output.past_key_values if "past_key_values" in output else output.cache_params  # a state-space model's
-    return output.last_hidden_state, cache
+    return output.last_hidden_state, next(output[name] for name in CACHE_NAMES if name in output)
+
+
+def _cache_argument(model: Any) -> str:
+    """How this model's forward calls its cache; transformers renames it."""
+    known = inspect.signature(model.base_model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in known)
 
 
 class GroupAttention:
@@ -489,7 +501,9 @@ class PlainDecoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.stateful = "cache_params" in inspect.signature(model.base_model.forward).parameters
+        self.cache_argument = _cache_argument(model)
+        takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.stateful = not takes_positions and hasattr(model.config.get_text_config(), "state_size")
         log.warning("%s: attention cannot share prompts; decoding the plain way", model.config.model_type)
 
     def prefill(self, blocks: list[Block], streams: list[Stream], new_tokens: int, budget: int) -> Tensor:
@@ -504,9 +518,9 @@ class PlainDecoder:
 
     def step(self, tokens_L: Tensor, *, need_logits: bool = True) -> Tensor | None:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        past = {"attention_mask": self.mask, "position_ids": self.position_L[:, None], "past_key_values": self.cache}
-        if self.stateful:  # nothing but the state knows of the past
-            past = {"cache_params": self.cache}
+        past = {self.cache_argument: self.cache}
+        if not self.stateful:  # else nothing but the state knows of the past
+            past |= {"attention_mask": self.mask, "position_ids": self.position_L[:, None]}
         output = self.model.base_model(input_ids=tokens_L[:, None], use_cache=True, **past)
         self.position_L = self.position_L + 1
         return head_logits(self.model, output.last_hidden_state[:, 0])
