@@ -39,6 +39,7 @@ from opentao.reward_model import (
     RewardTraining,
     accuracy,
     bradley_terry,
+    lora_targets,
     train_reward_model,
     train_to_folder,
 )
@@ -106,7 +107,7 @@ def test_the_head_starts_along_the_difference_of_two_rows(guided: RewardModel, t
     """Here " good" and " bad" are a space and a word: the rows are those of the first tokens that differ."""
     causal = load_causal_lm(str(tiny_model_dir), dtype=torch.float32)
     tokenizer = load_tokenizer(str(tiny_model_dir))
-    good, bad = (tokenizer("The answer is" + word).input_ids for word in (" good", " bad"))
+    good, bad = (tokenizer(QUESTION + word).input_ids for word in (" good", " bad"))
     at = next(i for i in range(9) if good[i] != bad[i])
     head = causal.get_output_embeddings().weight
     torch.testing.assert_close(guided.model.score.weight[0], HEAD_SCALE * (head[good[at]] - head[bad[at]]))
@@ -120,8 +121,8 @@ def test_a_score_is_a_tenth_of_the_difference_of_two_logits(guided: RewardModel,
     causal = load_causal_lm(str(tiny_model_dir), dtype=torch.float32)
     tokenizer = load_tokenizer(str(tiny_model_dir))
     chat = tokenizer.apply_chat_template([*MESSAGES, {"role": "assistant", "content": ANSWERS[0]}], tokenize=False)
-    ids = tokenizer(f"{chat}{QUESTION} The answer is", add_special_tokens=False, return_tensors="pt").input_ids
-    good, bad = (tokenizer("The answer is" + word).input_ids for word in (" good", " bad"))
+    ids = tokenizer(f"{chat}{QUESTION}", add_special_tokens=False, return_tensors="pt").input_ids
+    good, bad = (tokenizer(QUESTION + word).input_ids for word in (" good", " bad"))
     at = next(i for i in range(9) if good[i] != bad[i])
     with torch.no_grad():
         logits = causal(ids).logits[0, -1]
@@ -347,6 +348,27 @@ def test_lora_trains_the_adapter_and_the_head(guided: RewardModel) -> None:
     assert after.keys() == before.keys()
     changed = {n.split(".")[-2] for n in before if not torch.equal(before[n], after[n])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score"}
+
+
+def test_lora_on_attention_leaves_other_layers_alone(guided: RewardModel) -> None:
+    before = {n: p.detach().clone() for n, p in guided.model.named_parameters()}
+    history = train(guided, toy_rankings(16), lr=1e-2, epochs=3, lora_rank=4, lora_layers="attention")
+    assert history[-1].loss < 0.5 * history[0].loss
+    after = dict(guided.model.named_parameters())
+    changed = {n.split(".")[-2] for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "score"}
+
+
+def test_lora_on_attention_needs_attention_layers(guided: RewardModel) -> None:
+    class NoAttention(torch.nn.Module):
+        config = guided.model.config
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = torch.nn.Linear(2, 2)
+
+    with pytest.raises(ModelError, match="no attention layers found for LoRA; use all-linear"):
+        lora_targets(NoAttention(), "attention")
 
 
 def test_full_training_changes_everything_but_the_token_embeddings(guided: RewardModel) -> None:

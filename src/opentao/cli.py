@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 import typer
 from rich.console import Console
 
-from opentao.config import Config, load_config
+from opentao.config import Config, LoraLayers, load_config
 from opentao.errors import ConfigError, DataError, TaoError
 from opentao.progress import Progress
 
@@ -370,6 +370,7 @@ def reward_train(
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0)] = 3e-5,
     lora_rank: Annotated[int, typer.Option(min=0, help="0 trains all weights.")] = 0,
+    lora_layers: Annotated[LoraLayers, typer.Option(help="Which layers get the adapter.")] = "all-linear",
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -381,7 +382,7 @@ def reward_train(
         raise ConfigError(f"{out}: exists already; name a new folder")
     found = read_preferences(pairs)
     _prepare_process()
-    settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, seed=seed)
+    settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, lora_layers=lora_layers, seed=seed)
     with Progress() as progress:
         if found.set_aside:
             first = found.set_aside[0]

@@ -16,6 +16,7 @@ from opentao.errors import ConfigError
 from opentao.types import SamplingPlan, Strategy
 
 Schedule = Literal["constant", "linear"]
+LoraLayers = Literal["all-linear", "attention"]
 Objective = Literal["regress", "distill", "online", "prefer"]
 
 

@@ -61,7 +61,7 @@ SCHEMA = {
 NUM_PREFERENCE_TICKETS = 110
 NUM_TRAIN_TICKETS = 96
 NUM_HELDOUT_TICKETS = 40
-REWARD_TRAINING = RewardTraining(lr=1.5e-4, epochs=3, rankings_per_step=4)
+REWARD_TRAINING = RewardTraining(lr=2e-3, epochs=3, rankings_per_step=4, lora_rank=16, lora_layers="attention")
 
 
 def messages_of(ticket: str) -> tuple[dict[str, str], ...]:

@@ -1,9 +1,9 @@
 """The reward model (DBRM): predicts which of several answers people prefer. Training, scoring, export.
 
-A *guided* reward model asks a question after the answer ("Is this answer good or bad? The answer is") and reads a
-scalar head that starts along the difference of the language-model head's rows for " good" and " bad": it can judge a
-little before any training, so few preferences go far. The question is written into the tokenizer's chat template, hence
-the saved folder is an ordinary `AutoModelForSequenceClassification` that plain transformers scores alike.
+A *guided* reward model asks for a verdict after the answer ("Verdict:") and reads a scalar head that starts along the
+difference of the language-model head's rows for " good" and " bad", so few preferences go far. The question stands in
+the tokenizer's chat template, hence the saved folder is an ordinary `AutoModelForSequenceClassification` that plain
+transformers scores alike.
 
 All answers to one prompt share one packed row: their longest common token prefix is computed once.
 Loss: Bradley-Terry, mean over a group's pairs of −log σ(s_better − s_worse).
@@ -11,6 +11,7 @@ Loss: Bradley-Terry, mean over a group's pairs of −log σ(s_better − s_worse
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from opentao.bestofn import bootstrap
-from opentao.config import Schedule
+from opentao.config import LoraLayers, Schedule
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
@@ -34,8 +35,7 @@ from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.types import Message
 
-QUESTION = "Is this answer good or bad?"
-LEAD_IN = "The answer is"
+QUESTION = "Verdict:"  # every answer pays for its tokens, and a longer one is learned more slowly (dev/LOG.md)
 GOOD, BAD = " good", " bad"
 HEAD_SCALE = 0.1  # at full size scores start nats apart, and the first steps go into undoing that (dev/LOG.md)
 
@@ -52,6 +52,7 @@ class RewardTraining:
     rankings_per_step: int = 4
     max_tokens: int = 2048  # a longer prompt with its answer is an error
     lora_rank: int = 0  # 0 = full fine-tuning
+    lora_layers: LoraLayers = "all-linear"
     seed: int = 0
 
 
@@ -157,12 +158,12 @@ class RewardModel:
 
 def guided_template(tokenizer: PreTrainedTokenizerBase, question: str = QUESTION) -> str:
     """The chat template, followed by the question whose answer the head reads at the last token."""
-    return f"{tokenizer.get_chat_template()}{question} {LEAD_IN}"
+    return f"{tokenizer.get_chat_template()}{question}"
 
 
 def _good_and_bad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """The tokens in which the two answers to the question differ; a tokeniser may split off their common space."""
-    good, bad = (tokenizer(LEAD_IN + word, add_special_tokens=False).input_ids for word in (GOOD, BAD))
+    good, bad = (tokenizer(QUESTION + word, add_special_tokens=False).input_ids for word in (GOOD, BAD))
     return next((g, b) for g, b in zip(good, bad, strict=False) if g != b)
 
 
@@ -185,7 +186,7 @@ def train_reward_model(
         lora = PeftConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
-            target_modules="all-linear",
+            target_modules=lora_targets(model, config.lora_layers),
             modules_to_save=["score"],
             task_type="SEQ_CLS",
         )
@@ -214,6 +215,21 @@ def train_reward_model(
     if config.lora_rank:
         reward_model.model = model.merge_and_unload()
     return history
+
+
+def lora_targets(model: Any, layers: LoraLayers) -> str | list[str]:
+    """Which layers get an adapter, in peft's terms.
+
+    Raises:
+        ModelError: the model has no linear layer inside a module called attention.
+    """
+    if layers == "all-linear":
+        return layers
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = [name for name in linear if re.search("att(n|ention)", name)]
+    if not found:
+        raise ModelError(f"{model.config.model_type}: no attention layers found for LoRA; use all-linear")
+    return found
 
 
 def _scores(reward_model: RewardModel, groups: Sequence[Sequences], row_tokens: int) -> list[Tensor]:
