@@ -151,7 +151,7 @@ def best_of_k(scores_N: ArrayLike, k: int) -> float:
     Raises:
         ValueError: k < 1, or fewer than k scored responses.
 
-    >>> best_of_k([1.0, 2.0, 5.0], 2)  # pairs (1,2), (1,5), (2,5): (2 + 5 + 5) / 3
+    >>> round(best_of_k([1.0, 2.0, 5.0], 2), 6)  # pairs (1,2), (1,5), (2,5): (2 + 5 + 5) / 3
     4.0
     """
     scores = np.asarray(scores_N, dtype=np.float64)
