@@ -35,7 +35,7 @@ from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.types import Message
 
-QUESTION = "Verdict:"  # every answer pays for its tokens, and a longer one is learned more slowly (dev/LOG.md)
+QUESTION = "Verdict:"  # short: every answer pays for its tokens (dev/LOG.md)
 GOOD, BAD = " good", " bad"
 HEAD_SCALE = 0.1  # at full size scores start nats apart, and the first steps go into undoing that (dev/LOG.md)
 
