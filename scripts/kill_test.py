@@ -39,7 +39,7 @@ Command = list[str]
 def prepare(folder: Path) -> None:
     """A tiny model, 40 prompts, and a config with many steps, checkpoints and shards to be killed at."""
     tree = tiny_config(build_tiny_model(folder / "model"), write_prompts(folder / "prompts.jsonl"))
-    tree["generate"] |= {"shard_prompts": 2, "batch_responses": 16}
+    tree["generate"] |= {"shard_prompts": 2, "batch_responses": 8}
     tree["train"] |= {"objective": "regress", "save_every_steps": 1, "epochs": 4}
     (folder / "tao.yaml").write_text(yaml.safe_dump(tree))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from opentao.pack import Sequences
+from opentao.rows import Sequences
 
 VOCAB = 61
 SIZES = {
@@ -97,7 +97,7 @@ def plain_logprobs(model: Any, sequences: Sequences, temperature: float = 1.0) -
     P = len(sequences.prompt_P)
     found = []
     for response in sequences.responses_NR:
-        ids = torch.tensor([*sequences.prompt_P, *response])
+        ids = torch.tensor([*sequences.prompt_P, *response], device=next(model.parameters()).device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, P - 1 : -1] / temperature
         found.append(logits.log_softmax(-1).gather(-1, ids[P:, None])[:, 0])
     return found

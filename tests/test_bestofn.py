@@ -18,6 +18,7 @@ from opentao.bestofn import (
     best_of_k,
     bootstrap,
     kl_bound,
+    max_variance_subset,
     paired_difference,
     pass_at_k,
     target_log_ratio,
@@ -188,6 +189,21 @@ def test_curve_leaves_out_what_is_too_large() -> None:
     assert best_of_curve([NAN], [1, 2]) == {}
     with pytest.raises(ValueError, match="best of 0"):
         best_of_curve([1.0], [0])
+
+
+@given(values=st.lists(st.integers(-5, 5).map(float) | st.just(NAN), min_size=1, max_size=9), m=st.integers(1, 9))
+def test_max_variance_subset_is_the_best_of_all(values: list[float], m: int) -> None:
+    found = max_variance_subset(values, m)
+    scored = [i for i, v in enumerate(values) if not math.isnan(v)]
+    assert found == sorted(set(found)) and set(found) <= set(scored) and len(found) == min(m, len(scored))
+    if scored:
+        every = [np.var([values[i] for i in s]) for s in combinations(scored, len(found))]
+        assert np.var([values[i] for i in found]) == pytest.approx(max(every))
+
+
+def test_max_variance_subset_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        max_variance_subset([1.0, 2.0], 0)
 
 
 def test_pass_at_k_by_hand() -> None:

@@ -84,7 +84,7 @@ def tree(tiny_model_dir: Path, tmp_path: Path) -> Tree:
     return tiny_config(tiny_model_dir, write_prompts(tmp_path / "prompts.jsonl")) | {
         "rounds": 1,
         "prompts_per_round": 6,
-        "generate": {"group_size": 4, "max_new_tokens": 8, "shard_prompts": 4, "batch_responses": 16},
+        "generate": {"group_size": 4, "max_new_tokens": 8, "shard_prompts": 4, "batch_responses": 8},
         "evaluate": {"base_group_size": 4, "group_size": 2, "bootstrap": 200},
     }
 

@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opentao.engines import group as engine_module
-from opentao.engines.group import GroupEngine, PlainDecoder, SharedDecoder, draw, truncate
+from opentao.engines import memory as memory_module
+from opentao.engines import shared as shared_module
+from opentao.engines.batch import without
+from opentao.engines.drawing import draw, truncate
+from opentao.engines.group import GroupEngine
+from opentao.engines.memory import free_bytes
+from opentao.engines.plain import PlainDecoder
+from opentao.engines.shared import SHARED_ATTENTION, SharedDecoder
 from opentao.models import load_tokenizer
-from opentao.pack import Sequences, common_prefix, plan_rows, row_logprobs
-from opentao.policy import LoadedPolicy, Policy, encode_prompt
+from opentao.pack import row_logprobs
+from opentao.policy import LoadedPolicy, Policy, encode_prompt, load_policy
+from opentao.rows import Sequences, common_prefix, plan_rows
 from opentao.types import PLAIN, Group, Prompt, ReportingEngine, SamplingPlan, Strategy
 
 TEXTS = ("My parcel is late.", "Hi", "How do I change my password? The link in the mail has expired. Please help me!")
@@ -37,6 +45,13 @@ def engine(tiny_model_dir: Path) -> GroupEngine:
     made = GroupEngine()
     made.load(Policy.of_base(str(tiny_model_dir)))
     return made
+
+
+@pytest.fixture
+def editable(engine: GroupEngine) -> GroupEngine:
+    """With weights as the learner has them, not in the layout that multiplies faster."""
+    engine.loaded = load_policy(loaded_of(engine).policy)
+    return engine
 
 
 def loaded_of(engine: GroupEngine) -> LoadedPolicy:
@@ -149,13 +164,13 @@ def test_a_common_start_of_prompts_is_run_once(engine: GroupEngine, monkeypatch:
     ]
     plan = SamplingPlan(group_size=2, temperature=0, max_new_tokens=12)
     fed: list[int] = []
-    forward = engine_module._run_prompts
+    forward = shared_module.run_prompts
 
     def counted(model: Any, prompts: list[list[int]], *args: Any) -> Any:
         fed.append(sum(map(len, prompts)))
         return forward(model, prompts, *args)
 
-    monkeypatch.setattr(engine_module, "_run_prompts", counted)
+    monkeypatch.setattr(shared_module, "run_prompts", counted)
     groups = sampled(engine, plan, prompts)
     lengths = [len(asked(engine, p)) for p in prompts]
     start = common_prefix([asked(engine, p) for p in prompts])
@@ -210,17 +225,17 @@ def exact_distribution(engine: GroupEngine, tokens: Sequence[int], temperature: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_follow_the_models_distribution(engine: GroupEngine, temperature: float) -> None:
+def test_samples_follow_the_models_distribution(editable: GroupEngine, temperature: float) -> None:
     """The first token, and the second one given the two most frequent first ones."""
     with torch.no_grad():
-        loaded_of(engine).model.lm_head.weight.mul_(2)  # some tokens frequent, some rare
+        loaded_of(editable).model.lm_head.weight.mul_(2)  # some tokens frequent, some rare
     plan = SamplingPlan(group_size=4000, temperature=temperature, max_new_tokens=2, seed=1)
-    [group] = sampled(engine, plan, PROMPTS[:1])
+    [group] = sampled(editable, plan, PROMPTS[:1])
     first = Counter(r.tokens_R[0] for r in group.responses)
-    assert_distributed(first, exact_distribution(engine, group.prompt_tokens_P, temperature))
+    assert_distributed(first, exact_distribution(editable, group.prompt_tokens_P, temperature))
     for token, _ in first.most_common(2):
         second = Counter(r.tokens_R[1] for r in group.responses if r.tokens_R[0] == token and len(r.tokens_R) > 1)
-        assert_distributed(second, exact_distribution(engine, [*group.prompt_tokens_P, token], temperature))
+        assert_distributed(second, exact_distribution(editable, [*group.prompt_tokens_P, token], temperature))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (6, 0.8)])
@@ -262,9 +277,9 @@ def test_stop_tokens_are_kept_and_finish_says_how_it_ended(engine: GroupEngine) 
     assert any(r.finish == "stop" and len(r.tokens_R) == 6 for r in responses)  # on the last token there is
 
 
-def test_the_tokenizers_end_token_stops_too(engine: GroupEngine) -> None:
-    loaded_of(engine).model.generation_config.eos_token_id = None
-    model = loaded_of(engine).model
+def test_the_tokenizers_end_token_stops_too(editable: GroupEngine) -> None:
+    loaded_of(editable).model.generation_config.eos_token_id = None
+    model = loaded_of(editable).model
     with torch.no_grad():
         model.lm_head.weight[2] = model.lm_head.weight.mean(0)
     head = torch.nn.Linear(32, 400)
@@ -273,7 +288,7 @@ def test_the_tokenizers_end_token_stops_too(engine: GroupEngine) -> None:
         head.bias.zero_()
         head.bias[2] = 50.0
     model.set_output_embeddings(head)
-    [group] = sampled(engine, SamplingPlan(group_size=2, max_new_tokens=5), PROMPTS[:1])
+    [group] = sampled(editable, SamplingPlan(group_size=2, max_new_tokens=5), PROMPTS[:1])
     assert tokens_of([group]) == [[(2,), (2,)]]
     assert [r.text for r in group.responses] == ["", ""]  # text is without special tokens
 
@@ -341,13 +356,13 @@ SWAPPED = (PLAIN, Strategy(name="swap", replace={"My parcel": "One parcel of our
 
 def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
-    real = SharedDecoder.prefill
+    real = SharedDecoder.enter
 
-    def spy(self: SharedDecoder, blocks: list[Any], *args: Any) -> Tensor:
-        seen.append(len(blocks))
-        return real(self, blocks, *args)
+    def spy(self: SharedDecoder, prompts: list[Any], *args: Any) -> Tensor:
+        seen.append(len(prompts))
+        return real(self, prompts, *args)
 
-    monkeypatch.setattr(SharedDecoder, "prefill", spy)
+    monkeypatch.setattr(SharedDecoder, "enter", spy)
     return seen
 
 
@@ -479,8 +494,8 @@ def test_both_decoders_give_the_same_tokens(engine: GroupEngine, monkeypatch: py
     plans = [greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, strategies=FAR)]
     shared = [sampled(engine, plan) for plan in plans]
     used: list[str] = []
-    real = PlainDecoder.prefill
-    monkeypatch.setattr(PlainDecoder, "prefill", lambda *args: used.append("plain") or real(*args))
+    real = PlainDecoder.enter
+    monkeypatch.setattr(PlainDecoder, "enter", lambda *args: used.append("plain") or real(*args))
     monkeypatch.setattr(engine_module, "shares_prompt", lambda model, length: False)
     plain = [sampled(engine, plan) for plan in plans]
     assert used == ["plain"] * 3
@@ -492,7 +507,7 @@ def test_both_decoders_give_the_same_tokens(engine: GroupEngine, monkeypatch: py
 def test_decoding_leaves_the_model_as_it_was(engine: GroupEngine) -> None:
     before = loaded_of(engine).model.config._attn_implementation
     sampled(engine, SamplingPlan(group_size=2, max_new_tokens=3))
-    assert loaded_of(engine).model.config._attn_implementation == before != engine_module.GROUP_ATTENTION
+    assert loaded_of(engine).model.config._attn_implementation == before != SHARED_ATTENTION
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -500,6 +515,125 @@ def test_a_policy_is_loaded_once(engine: GroupEngine, tiny_model_dir: Path) -> N
     before = loaded_of(engine)
     engine.load(Policy.of_base(str(tiny_model_dir)))
     assert loaded_of(engine) is before
+
+
+# ---------------------------------------------------------------------------------------------------- continuous
+
+LONG = " ".join(TEXTS[2] for _ in range(6))
+MANY = [Prompt.from_text(f"{text} {n}") for n in range(4) for text in (*TEXTS, LONG)]
+
+
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows that are live already, rows that enter) at every entry."""
+    seen: list[tuple[int, int]] = []
+    real = SharedDecoder.enter
+
+    def spy(self: SharedDecoder, prompts: list[Any], counts: list[int]) -> Tensor:
+        seen.append((len(self.cache.places), sum(counts)))
+        return real(self, prompts, counts)
+
+    monkeypatch.setattr(SharedDecoder, "enter", spy)
+    return seen
+
+
+@pytest.mark.parametrize("strategies", [(PLAIN,), NEAR, FAR], ids=["plain", "near", "far"])
+def test_groups_enter_while_others_are_decoded(
+    engine: GroupEngine, monkeypatch: pytest.MonkeyPatch, strategies: tuple[Strategy, ...]
+) -> None:
+    """Short and long prompts, early and late ends, rows that are given away again and again: the same tokens."""
+    set_stops(engine, MANY_STOPS)
+    plan = SamplingPlan(group_size=5, max_new_tokens=24, seed=5, strategies=strategies)
+    alone = [tokens_of(sampled(engine, plan, [p]))[0] for p in MANY]
+    seen = entries(monkeypatch)
+    engine.batch_responses = 20
+    groups = sampled(engine, plan, MANY)
+    assert tokens_of(groups) == alone
+    assert_learner_agrees(engine, plan, groups)
+    assert sum(live > 0 for live, _ in seen) >= 3  # they did not wait for an empty batch
+    assert all(live + new <= 20 for live, new in seen)
+
+
+def test_a_small_budget_of_keys_and_values_is_kept(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_stops(engine, MANY_STOPS)
+    plan = SamplingPlan(group_size=4, max_new_tokens=16, seed=2)
+    unbounded = tokens_of(sampled(engine, plan, MANY))
+    used: list[int] = []
+    real = shared_module.SharedCache.begin_step
+
+    def spy(self: shared_module.SharedCache, device: torch.device) -> Tensor:
+        used.append(self.prompt_tokens + self.rows * self.own_tokens)
+        return real(self, device)
+
+    monkeypatch.setattr(shared_module.SharedCache, "begin_step", spy)
+    for budget in (1200, 500):
+        used.clear()
+        engine.cache_tokens = budget
+        assert tokens_of(sampled(engine, plan, MANY)) == unbounded
+        assert 0.3 * budget < max(used) <= budget
+    engine.cache_tokens = 1  # less than one response needs: one at a time, not none
+    assert tokens_of(sampled(engine, plan, MANY)) == unbounded
+
+
+def test_a_group_larger_than_the_batch_is_decoded_in_parts(engine: GroupEngine) -> None:
+    plan = SamplingPlan(group_size=11, max_new_tokens=6)
+    whole = tokens_of(sampled(engine, plan))
+    engine.batch_responses = 4
+    assert tokens_of(sampled(engine, plan)) == whole
+
+
+def test_groups_are_handed_out_as_they_are_finished(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model may be used between two groups, and two samplings may run at once."""
+    set_stops(engine, MANY_STOPS)
+    engine.batch_responses = 8
+    plan = SamplingPlan(group_size=4, max_new_tokens=12)
+    seen = entries(monkeypatch)
+    first = iter(engine.sample(MANY, plan))
+    found = {(g := next(first)).prompt.id: g}
+    assert len(seen) < len(MANY) / 2  # far from all are even begun
+    second = sampled(engine, replace(plan, seed=1), MANY[:3])
+    expected = generated(engine, asked(engine, MANY[0]), replace(plan, temperature=0))
+    assert len(expected) > 0
+    found |= {g.prompt.id: g for g in first}
+    engine.batch_responses = 256
+    assert tokens_of([found[p.id] for p in MANY]) == tokens_of(sampled(engine, plan, MANY))
+    assert tokens_of(second) == tokens_of(sampled(engine, replace(plan, seed=1), MANY[:3]))
+
+
+def test_a_benchmark_may_go_on_after_the_end(engine: GroupEngine) -> None:
+    set_stops(engine, MANY_STOPS)
+    engine.ignore_end = True
+    groups = sampled(engine, SamplingPlan(group_size=4, max_new_tokens=9))
+    assert {len(r.tokens_R) for g in groups for r in g.responses} == {9}
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_rows_that_stay_are_kept_once_and_few_move(gone: list[bool]) -> None:
+    order = without(gone)
+    assert sorted(order) == [row for row, is_gone in enumerate(gone) if not is_gone]
+    moved = [i for i, row in enumerate(order) if row != i]
+    assert len(moved) <= sum(gone) and all(gone[i] for i in moved)
+
+
+def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:  50 kB\n")
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, tmp_path, tmp_path / "none") == 50 * 1024
+    for name, text in (
+        ("memory.max", "40000\n"),
+        ("memory.current", "30000\n"),
+        ("memory.stat", "inactive_file 5000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert free_bytes(cpu, tmp_path, tmp_path) == 15000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu, tmp_path, tmp_path) == 50 * 1024
+    assert free_bytes(cpu, tmp_path / "none", tmp_path) == memory_module.UNKNOWN
+
+
+def test_bytes_of_a_token(engine: GroupEngine) -> None:
+    assert (
+        memory_module.cache_token_bytes(loaded_of(engine).model) == 2 * 2 * 2 * 8 * 4
+    )  # K and V, layers, heads, 8, fp32
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -565,6 +699,6 @@ def test_progress_is_told_while_groups_are_made(engine: GroupEngine) -> None:
     plan = SamplingPlan(group_size=2, max_new_tokens=6)
     groups = sampled(engine, plan)
     assert isinstance(engine, ReportingEngine)
-    assert told == sorted(told) and len(told) > 5
-    assert told[0] == (pytest.approx(len(PROMPTS) / 6), 2 * len(PROMPTS))
+    assert told == sorted(told) and len(told) >= 5
+    assert told[0] == (pytest.approx(2 * len(PROMPTS) / 6), 2 * 2 * len(PROMPTS))  # the prompt's token, one more
     assert told[-1] == (len(PROMPTS), sum(len(r.tokens_R) for g in groups for r in g.responses))

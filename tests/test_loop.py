@@ -63,7 +63,7 @@ def tree(tiny_model_dir: Path, prompts: Path) -> Tree:
     return tiny_config(tiny_model_dir, prompts) | {
         "rounds": 1,
         "prompts_per_round": 6,
-        "generate": {"group_size": 4, "max_new_tokens": 8, "shard_prompts": 4, "batch_responses": 16},
+        "generate": {"group_size": 4, "max_new_tokens": 8, "shard_prompts": 4, "batch_responses": 8},
         "evaluate": {"base_group_size": 4, "group_size": 2, "bootstrap": 200},
     }
 
@@ -119,7 +119,8 @@ class TestWhatARunLeaves:
         assert len(found) > 30
         for where, value in found.items():
             assert set(value) == {"mean", "low", "high", "n"}, where
-            assert value["n"] == finished.summary["prompts"]["heldout"], where
+            trained_on = "sampler_mismatch" in where
+            assert value["n"] == (12 if trained_on else finished.summary["prompts"]["heldout"]), where
             assert value["low"] <= value["mean"] <= value["high"], where
 
     def test_it_learned(self, finished: Case) -> None:

@@ -12,19 +12,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opentao import pack
+from opentao import pack, packed_attention
 from opentao.errors import ModelError
-from opentao.pack import (
+from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for, shares_prompt
+from opentao.packed_attention import FLEX_ATTENTION
+from opentao.rows import (
+    MIN_PREFIX,
     Row,
     Sequences,
-    check_packing,
     common_prefix,
-    group_logprobs,
     plain_rows,
     plan_rows,
-    row_logprobs,
-    rows_for,
-    shares_prompt,
+    sharing_pays,
     whole_groups,
 )
 
@@ -44,6 +43,14 @@ def llama() -> Any:
 def least_row(groups: Sequence[Sequences]) -> int:
     """The smallest row limit that these groups allow."""
     return max(len(g.prompt_P) + len(r) for g in groups for r in g.responses_NR)
+
+
+def by_flex(model: Any, row: Row) -> list[Tensor]:
+    """A row's log-probs through FlexAttention, uncompiled."""
+    hidden = pack.hidden_states(model, row, FLEX_ATTENTION)
+    logits = pack.head_logits(model, hidden[row.sources])
+    logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(row.targets)[:, None])[:, 0]
+    return list(logprobs.split(row.sizes))
 
 
 def by_response(rows: list[Row], values: list[list[Tensor]]) -> dict[tuple[int, int], Tensor]:
@@ -114,12 +121,12 @@ def test_packed_equals_plain_where_prompts_start_alike(
     assert_packed_is_plain(llama, groups, plan_rows(groups, least_row(groups) + room), 1.0, 512)
 
 
-@pytest.mark.parametrize("common", [pack.MIN_PREFIX - 1, pack.MIN_PREFIX])
+@pytest.mark.parametrize("common", [MIN_PREFIX - 1, MIN_PREFIX])
 def test_a_common_start_stands_in_a_row_once(llama: Any, common: int) -> None:
     groups = random_sequences([(3, [2, 4]), (5, [1]), (2, [3, 3])], common=common)
     whole = sum(g.num_tokens for g in groups)
     [row] = plan_rows(groups, 200)
-    assert len(row.tokens_T) == (whole - 2 * common if common >= pack.MIN_PREFIX else whole)
+    assert len(row.tokens_T) == (whole - 2 * common if common >= MIN_PREFIX else whole)
     assert_packed_is_plain(llama, groups, [row], 0.7, 3)
     alone, *_ = plan_rows(groups, common + 9)  # one group to a row: nothing to share
     assert len(alone.tokens_T) == groups[0].num_tokens
@@ -190,6 +197,18 @@ def test_rows_for_widens_the_row_to_the_longest_response(llama: Any) -> None:
     assert [len(row.tokens_T) for row in rows] == [6, 11, 5]
 
 
+def test_the_plain_layout_where_sharing_would_lose(llama: Any) -> None:
+    """A tiny prompt, one long response and some short ones: padded to the longest they are more work than they save."""
+    [lopsided] = random_sequences([(2, [400, 3, 3, 3])])
+    assert not sharing_pays(lopsided, 32)
+    rows = rows_for(llama, [lopsided], 4096)
+    assert [row.owners for row in rows] == [[(0, i)] for i in range(4)]
+    assert_packed_is_plain(llama, [lopsided], rows, 1.0, 512)
+    usual = random_sequences([(62, [64] * 8), (842, [64] * 8), (20, [60, 10, 30, 5])])
+    assert all(sharing_pays(group, 576) for group in usual)
+    assert sharing_pays(random_sequences([(400, [400, 3, 3, 3])])[0], 576)  # a long prompt makes up for it
+
+
 def test_no_groups_no_rows(llama: Any) -> None:
     assert plan_rows([], 8) == [] == plain_rows([])
     assert list(group_logprobs(llama, [])) == []
@@ -209,7 +228,7 @@ def test_group_logprobs_come_in_order_whatever_the_rows(llama: Any, row_tokens: 
 def test_packing_leaves_the_model_as_it_was(llama: Any) -> None:
     before = llama.config._attn_implementation
     row_logprobs(llama, plan_rows(random_sequences([(4, [3, 5])]), 64)[0])
-    assert llama.config._attn_implementation == before != pack.PACKED_ATTENTION
+    assert llama.config._attn_implementation == before != packed_attention.PACKED_ATTENTION
 
 
 def test_common_prefix() -> None:
@@ -273,9 +292,20 @@ def test_packing_under_autocast(family: str) -> None:
 @pytest.mark.parametrize("limit", [0, 150, 10**9])
 def test_fused_and_explicit_attention_agree(llama: Any, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, whichever blocks are small enough to make their scores outright."""
-    monkeypatch.setattr(pack, "SMALL_SCORES", limit)
-    groups = random_sequences([(20, [3, 5, 1]), (18, [4, 2]), (19, [1, 9])], common=pack.MIN_PREFIX)
+    monkeypatch.setattr(packed_attention, "SMALL_SCORES", limit)
+    groups = random_sequences([(20, [3, 5, 1]), (18, [4, 2]), (19, [1, 9])], common=MIN_PREFIX)
     assert_packed_is_plain(llama, groups, rows_for(llama, groups, 4096), 1.0, 7)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("common", [0, MIN_PREFIX])
+def test_flex_attention_sees_the_same(llama: Any, common: int) -> None:
+    """What a GPU uses, here uncompiled and without its backward pass, which no CPU has."""
+    groups = random_sequences([(20, [3, 5, 1]), (1, [4, 2]), (19, [1, 9])], common=common)
+    [row] = rows_for(llama, groups, 4096)
+    with torch.no_grad():
+        for flex, parts in zip(by_flex(llama, row), row_logprobs(llama, row), strict=True):
+            torch.testing.assert_close(flex, parts, atol=1e-9, rtol=1e-9)
 
 
 NOT_SHARED = {
@@ -322,16 +352,16 @@ def test_check_passes_on_a_sound_model(llama: Any) -> None:
 
 
 def test_check_stops_on_a_wrong_mask(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Leaking(pack.SegmentLayout):
+    class Leaking(packed_attention.SegmentLayout):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.mask = torch.ones_like(self.mask)  # a token sees the ones after it
 
-    monkeypatch.setattr(pack, "SegmentLayout", Leaking)
+    monkeypatch.setattr(packed_attention, "SegmentLayout", Leaking)
     [sequences] = random_sequences([(6, [3, 5, 1])])
     with pytest.raises(ModelError, match=r"llama: packed and plain log-probs differ by [\d.]+ nats \(allowed 0.01\)"):
         check_packing(llama, sequences)
-    assert llama.config._attn_implementation != pack.PACKED_ATTENTION
+    assert llama.config._attn_implementation != packed_attention.PACKED_ATTENTION
 
 
 def test_check_stops_on_nan() -> None:

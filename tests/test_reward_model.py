@@ -29,7 +29,6 @@ from opentao.config import ScorerConfig
 from opentao.errors import ModelError, TrainError
 from opentao.models import load_causal_lm, load_tokenizer
 from opentao.optimise import NO_CHECKPOINT, Metrics
-from opentao.pack import Row
 from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
 from opentao.reward_model import (
@@ -43,6 +42,7 @@ from opentao.reward_model import (
     train_reward_model,
     train_to_folder,
 )
+from opentao.rows import Row
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.types import BatchScorer, Group, Message, Prompt, Response

@@ -15,17 +15,27 @@ import torch
 from families import in_float64, plain_logprobs, random_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from opentao.bestofn import target_log_ratio
 from opentao.config import Config, GenerateConfig, TrainConfig
-from opentao.errors import TrainError
-from opentao.objectives import OBJECTIVES
+from opentao.errors import ModelError, TrainError
+from opentao.objectives import OBJECTIVES, Totals
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise, rate
-from opentao.policy import Policy, load_for_training
+from opentao.policy import Policy, load_for_training, recompute_activations
 from opentao.progress import Progress
 from opentao.session import Session
 from opentao.store import Run, file_hash
-from opentao.train import Example, accumulate, attach_reference, examples_of, micro_batches, train, train_policy
+from opentao.train import (
+    Example,
+    _credit,
+    accumulate,
+    attach_reference,
+    examples_of,
+    micro_batches,
+    train,
+    train_policy,
+)
 from opentao.types import NAN, Failure, Group, Prompt, Response
 
 TEMPERATURE = 0.8
@@ -78,9 +88,6 @@ def step_gradients(model: Any, examples: list[Example], config: TrainConfig) -> 
 
 def by_plain_forward(model: Any, examples: list[Example], config: TrainConfig) -> tuple[float, dict[str, Tensor]]:
     """The same step with one ordinary forward pass a response and one backward pass for everything."""
-    from opentao.objectives import Totals
-    from opentao.train import _credit
-
     model.zero_grad()
     totals = Totals(num_groups=len(examples), num_tokens=sum(e.num_tokens for e in examples))
     credits = [_credit(e, plain_logprobs(model, e.sequences, TEMPERATURE)) for e in examples]
@@ -155,6 +162,29 @@ def test_distill_in_a_group_larger_than_its_threshold(base: Policy) -> None:
     examples = examples_of([group_of(0, [float(i) for i in range(256)], longest=2)], config)
     model = load_for_training(base, config, seed=0).model
     assert accumulate(model, examples, OBJECTIVES["distill"], config, 1.0) > 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_recomputed_activations_give_the_same_gradient(base: Policy, method: str) -> None:
+    """Packed rows too: what attention is told of the layout arrives a second time."""
+    found, computed = [], []
+    for again in (False, True):
+        config = TrainConfig(method=method, objective="distill", gradient_checkpointing=again)
+        model = load_for_training(base, config, seed=0).model
+        calls: list[int] = []
+        layer = next(m for m in model.modules() if isinstance(m, LlamaDecoderLayer))
+        layer.input_layernorm.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        found.append(step_gradients(model, examples_of(some_groups(), config), config))
+        computed.append(len(calls))
+    assert computed == [1, 2]
+    assert found[0][0] == found[1][0] and found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_activations_of_a_model_with_dropout_are_not_recomputed() -> None:
+    with pytest.raises(ModelError, match=r"gradient_checkpointing: gpt2 has dropout \((attn|embd|resid)_pdrop\)"):
+        recompute_activations(random_model("gpt2"))
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA
@@ -238,6 +268,21 @@ def test_prefer_computes_two_responses() -> None:
     [example] = examples_of([group_of(0, [0.5, 0.0, 1.0, NAN])], TrainConfig(objective="prefer"))
     assert example.chosen == [2, 1]
     assert len(example.sequences.responses_NR) == len(example.sampler_logprobs) == 2
+
+
+def test_keep_trains_on_the_responses_whose_rewards_vary_most() -> None:
+    group = group_of(0, [0.5, 0.0, 0.9, NAN, 0.6, 1.0])
+    keep = {"strategy": "max_variance", "responses": 3}
+    [kept] = examples_of([group], TrainConfig.model_validate({"keep": keep}))
+    assert kept.chosen == [1, 2, 5]
+    assert len(kept.rewards_N) == 6  # credit comes from the whole group
+    [all_] = examples_of([group], TrainConfig())
+    assert all_.chosen == [0, 1, 2, 4, 5]
+    target = target_log_ratio(kept.rewards_N, 16, 2.0)
+    credit = _credit(kept, [torch.zeros(1)] * 3)
+    assert credit.like(target).tolist() == pytest.approx([float(target[i]) for i in (1, 2, 5)])
+    few = examples_of([group], TrainConfig.model_validate({"keep": keep, "objective": "prefer"}))[0]
+    assert few.chosen == [5, 1]  # fewer than may be kept: as the objective had them
 
 
 # ---------------------------------------------------------------------------------------------------- steps

@@ -93,9 +93,9 @@ def tiny_config(model: Path, prompts: Path) -> dict[str, Any]:
         "model": str(model),
         "prompts": {"path": str(prompts), "heldout_fraction": 0.4, "max_heldout": 8},
         "scorers": [{"type": "python", "name": "letters", "args": {"function": "toy_scorers:letters"}}],
-        "audit": {"type": "python", "args": {"function": "toy_scorers:no_digits"}},
+        "audit": {"type": "python", "args": {"function": "toy_scorers:readable"}},
         "rounds": 2,
-        "generate": {"group_size": 8, "max_new_tokens": 12, "shard_prompts": 4, "batch_responses": 32},
+        "generate": {"group_size": 8, "max_new_tokens": 12, "shard_prompts": 4, "batch_responses": 16},
         "train": {
             "objective": "distill",
             "learning_rate": 3e-2,

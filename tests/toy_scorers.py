@@ -14,8 +14,9 @@ def letters(prompt: Prompt, text: str) -> float:
     return sum("a" <= c <= "z" for c in text) / max(1, len(text))
 
 
-def no_digits(prompt: Prompt, text: str) -> float:
-    return 1.0 - sum(c.isdigit() for c in text) / max(1, len(text))
+def readable(prompt: Prompt, text: str) -> float:
+    """Share of letters, of either case, and of spaces."""
+    return sum(c.isalpha() or c == " " for c in text) / max(1, len(text))
 
 
 def chance(prompt: Prompt, text: str) -> float:

@@ -170,6 +170,25 @@ def best_of_curve(scores_N: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
     return {k: best_of_k(scores_N, k) for k in ks if k <= num_scored}
 
 
+def max_variance_subset(values_N: ArrayLike, m: int) -> list[int]:
+    """Indices, ascending, of the `m` values whose variance is largest among all subsets of that size; never of NaN.
+
+    Such a subset consists of the lowest i and the highest m − i values for some i, so m + 1 candidates are compared.
+    Source: PODS (2504.13818), theorem 1.
+
+    >>> max_variance_subset([0.9, 0.5, 0.1, 0.4], 2)
+    [0, 2]
+    """
+    if m < 1:
+        raise ValueError(f"a subset needs at least 1 value, got {m}")
+    values = np.asarray(values_N, dtype=np.float64)
+    order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
+    if len(order) <= m:
+        return sorted(order)
+    candidates = [order[:i] + order[len(order) - (m - i) :] for i in range(m + 1)]
+    return sorted(max(candidates, key=lambda indices: float(np.var(values[np.array(indices)]))))
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k).
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from opentao.errors import ConfigError
-from opentao.types import SamplingPlan, Strategy
+from opentao.types import RolloutDtype, SamplingPlan, Strategy
 
 Schedule = Literal["constant", "linear"]
 LoraLayers = Literal["all-linear", "attention"]
@@ -78,6 +78,7 @@ class GenerateConfig(Node):
     strategies: list[StrategyConfig] = Field([StrategyConfig(name="plain")], min_length=1)
     shard_prompts: int = Field(16, ge=1, description="prompts per shard: what a kill can lose")
     batch_responses: int = Field(256, ge=1, description="responses decoded side by side, at most")
+    rollout_dtype: RolloutDtype = Field("auto", description="of the sampler's weights in a round; int8: rounded")
 
     @field_validator("strategies")
     @classmethod
@@ -97,6 +98,7 @@ class GenerateConfig(Node):
             stop=tuple(self.stop),
             strategies=tuple(s.build() for s in self.strategies),
             seed=seed,
+            dtype=self.rollout_dtype,
         )
 
 
@@ -118,6 +120,13 @@ class LoraConfig(Node):
     alpha: float = Field(32.0, gt=0)
 
 
+class KeepConfig(Node):
+    """Which responses of a group are trained on; credit always comes from the whole group."""
+
+    strategy: Literal["max_variance"] = "max_variance"
+    responses: int = Field(ge=2, description="at most this many of a group: those whose rewards vary most")
+
+
 class TrainConfig(Node):
     """How a round's scored groups become a policy."""
 
@@ -126,6 +135,8 @@ class TrainConfig(Node):
     lora: LoraConfig = LoraConfig()
     train_embeddings: bool = Field(True, description="full: false leaves token embeddings, and a head tied to them")
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
+    keep: KeepConfig | None = Field(None, description="train on the informative part of each group; default: all")
+    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     schedule: Schedule = Field("constant", description="linear: up over a tenth of the round's steps, then down to 0")
     temperature: float | None = Field(None, gt=0, description="of the learner's log-probs; default: that of sampling")
     epochs: int = Field(1, ge=1, description="passes over the round's groups")

@@ -49,6 +49,7 @@ class Probe:
     state_bytes: int  # gradients and optimiser state
     row_bytes: int | None  # what a training row of PROBE_TOKENS adds
     cache_bytes: int  # keys and values of one token
+    cache_budget_bytes: int  # that the engine allows itself for them
 
     def seconds(self, stage: Stage) -> float:
         tokens = stage.forward / self.forward + stage.decode / self.decode + stage.train / self.train
@@ -58,12 +59,9 @@ class Probe:
         """The larger of training (activations grow in proportion to the row) and of generating (keys and values)."""
         if self.loaded_bytes is None or self.row_bytes is None:
             return None
-        from opentao.engines.group import MAX_OWN_TOKENS
-
         train = self.state_bytes + self.row_bytes * config.train.row_tokens // PROBE_TOKENS
-        generate = self.cache_bytes * min(
-            config.generate.batch_responses * config.generate.max_new_tokens, MAX_OWN_TOKENS
-        )
+        wanted = self.cache_bytes * config.generate.batch_responses * config.generate.max_new_tokens
+        generate = min(wanted, self.cache_budget_bytes)
         return self.loaded_bytes + max(train, generate)
 
 
@@ -157,6 +155,8 @@ def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
     """Time training steps, a forward pass and a few decode steps of a model that is loaded for training."""
     import torch
 
+    from opentao.engines.group import MEMORY_SHARE
+    from opentao.engines.memory import cache_token_bytes, free_bytes
     from opentao.train import autocast
 
     text = loaded.model.config.get_text_config()
@@ -172,8 +172,6 @@ def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
     ids = torch.tensor([tokens], device=loaded.device)
     with torch.no_grad(), autocast(loaded.model):
         forward_s = _timed(lambda: loaded.model(input_ids=ids, logits_to_keep=1, use_cache=False))
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Probe(
         forward=len(tokens) / forward_s,
         decode=_decode_speed(loaded, prompt),
@@ -182,13 +180,15 @@ def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
         loaded_bytes=loaded_bytes,
         state_bytes=state_bytes,
         row_bytes=row_bytes,
-        cache_bytes=2 * text.num_hidden_layers * heads * width * loaded.model.dtype.itemsize,
+        cache_bytes=cache_token_bytes(loaded.model),
+        cache_budget_bytes=int(MEMORY_SHARE * free_bytes(loaded.device)),
     )
 
 
 def _training_times(model: Any, tokens: list[int], optimiser: torch.optim.Optimizer) -> tuple[float, float]:
     """Seconds of forward and backward over one packed row, as training does it, and of an optimiser step."""
-    from opentao.pack import Sequences, plan_rows, row_logprobs
+    from opentao.pack import row_logprobs
+    from opentao.rows import Sequences, plan_rows
     from opentao.train import autocast
 
     [row] = plan_rows([Sequences(prompt_P=tuple(tokens[:8]), responses_NR=(tuple(tokens[8:]),))], len(tokens))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from opentao.bestofn import Interval, baked_fraction, best_of_k, bootstrap, paired_difference, selection_probabilities
 from opentao.generate import generate
 from opentao.optimise import autocast
-from opentao.pack import Sequences, group_logprobs
+from opentao.pack import group_logprobs
 from opentao.policy import Policy, load_policy
+from opentao.rows import Sequences
 from opentao.score import failures, score, unscored
 from opentao.session import AUDIT, Session
 from opentao.types import NAN, PLAIN, Group, SamplingPlan, content_hash
@@ -52,7 +53,7 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     """Sample, score and measure `policy`; round 0 is the base itself."""
     config = session.config
     size = config.evaluate.base_group_size if policy == base else config.evaluate.group_size
-    plan = replace(config.generate.plan(config.seed + 1), group_size=size, strategies=(PLAIN,))
+    plan = replace(config.generate.plan(config.seed + 1), group_size=size, strategies=(PLAIN,), dtype="auto")
     greedy_plan = replace(plan, group_size=1, temperature=0.0)
     folder, label = f"round-{round_}/eval", "base" if round_ == 0 else f"round {round_}"
     sampled = _scored(session, f"{folder}/groups", policy, plan, f"{label}: held-out")

@@ -43,9 +43,9 @@ def generate(
 
 
 def _shard_size(session: Session, plan: SamplingPlan) -> int:
-    """At least one full batch a shard: small groups (greedy) would decode a few rows at a time else."""
+    """At least two full batches a shard, so that waiting groups take the rows of those that end early."""
     settings = session.config.generate
-    return max(settings.shard_prompts, settings.batch_responses // plan.group_size)
+    return max(settings.shard_prompts, 2 * settings.batch_responses // plan.group_size)
 
 
 def _in_order(batch: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:

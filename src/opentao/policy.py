@@ -7,15 +7,18 @@ Its hash is the hash of its weights, so responses and stages can say which polic
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opentao.config import TrainConfig
 from opentao.errors import ModelError
@@ -120,9 +123,47 @@ def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedP
         loaded.model = get_peft_model(loaded.model, lora)
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(config.method == "full" or "lora_" in name)
+    if config.gradient_checkpointing:
+        recompute_activations(loaded.model)
     if not config.train_embeddings:
         loaded.model.get_input_embeddings().requires_grad_(False)
     return loaded
+
+
+@contextmanager
+def attention_of(model: Any, name: str) -> Iterator[None]:
+    """The model with another attention, its own one afterwards."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only the inputs of each layer for the backward pass.
+
+    transformers does so in training mode only, in which dropout would make the policy differ from its reference;
+    so just the layers are told that they train.
+
+    Raises:
+        ModelError: the model has dropout.
+    """
+    config = model.config.get_text_config().to_dict()
+    dropout = [key for key, value in config.items() if key.endswith(("dropout", "pdrop")) and value]
+    if dropout:
+        raise ModelError(f"train.gradient_checkpointing: {model.config.model_type} has dropout ({dropout[0]})")
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"train.gradient_checkpointing: {model.config.model_type} has no layers made for it")
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), attention_of(model, model.config._attn_implementation)  # as it was in the forward pass
+
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        layer.gradient_checkpointing = layer.training = True
 
 
 def encode_prompt(

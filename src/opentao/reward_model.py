@@ -29,10 +29,11 @@ from opentao.config import LoraLayers, Schedule
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
-from opentao.pack import Row, Sequences, common_prefix, hidden_states, plain_rows, rows_for, whole_groups
+from opentao.pack import hidden_states, rows_for
 from opentao.policy import default_device
 from opentao.preferences import Ranking
 from opentao.progress import Progress
+from opentao.rows import Row, Sequences, common_prefix, plain_rows, whole_groups
 from opentao.types import Message
 
 QUESTION = "Verdict:"  # short: every answer pays for its tokens (dev/LOG.md)

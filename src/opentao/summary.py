@@ -66,6 +66,7 @@ class Training(Facts):
     groups: int
     loss_first: Number
     loss_last: Number
+    sampler_mismatch: Mean = NO_MEAN  # KL of the sampler from the learner, nats a token
 
 
 class Round(Facts):

@@ -8,7 +8,8 @@ Left out: dropout (the policy must equal its reference at the first step).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,13 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opentao.bestofn import bootstrap, max_variance_subset
 from opentao.config import TrainConfig
 from opentao.objectives import OBJECTIVES, Credit, Objective, Totals
 from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, optimise
-from opentao.pack import Row, Sequences, check_packing, group_logprobs, row_logprobs, rows_for, whole_groups
+from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for
 from opentao.policy import LoadedPolicy, Policy, load_for_training
+from opentao.rows import Row, Sequences, whole_groups
 from opentao.session import Session
-from opentao.types import Group, content_hash
+from opentao.types import NAN, Group, Strategy, content_hash
+
+MISMATCH_GROUPS = 16  # on which the distance of the sampler from the learner is measured
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,21 +40,22 @@ class Example:
     sequences: Sequences
     sampler_logprobs: list[Tensor]
     ref_logprobs: list[Tensor]
+    plain: list[bool]  # the sampler saw the plain prompt, so its log-probs are of the same question
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.sequences.responses_NR))
 
 
-def examples_of(groups: Sequence[Group], config: TrainConfig) -> list[Example]:
-    """Informative groups as training examples, without reference log-probs yet."""
+def examples_of(groups: Sequence[Group], config: TrainConfig, plain: Collection[str] = ("plain",)) -> list[Example]:
+    """Informative groups as training examples, without reference log-probs; `plain` strategies change nothing."""
     objective = OBJECTIVES[config.objective]
     examples = []
     for group in groups:
         if not group.informative:
             continue
         rewards_N = np.array(group.rewards_N, dtype=np.float64)
-        chosen = list(objective.choose(rewards_N, config))
+        chosen = kept(rewards_N, list(objective.choose(rewards_N, config)), config)
         responses = [group.responses[i] for i in chosen]
         examples.append(
             Example(
@@ -58,9 +64,17 @@ def examples_of(groups: Sequence[Group], config: TrainConfig) -> list[Example]:
                 sequences=Sequences(prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in responses)),
                 sampler_logprobs=[torch.tensor(r.sampler_logprobs_R) for r in responses],
                 ref_logprobs=[],
+                plain=[r.strategy in plain for r in responses],
             )
         )
     return examples
+
+
+def kept(rewards_N: np.ndarray, chosen: list[int], config: TrainConfig) -> list[int]:
+    """Of the responses an objective would look at, those that `train.keep` leaves."""
+    if config.keep is None or len(chosen) <= config.keep.responses:
+        return chosen
+    return [chosen[i] for i in max_variance_subset(rewards_N[chosen], config.keep.responses)]
 
 
 def attach_reference(
@@ -72,6 +86,24 @@ def attach_reference(
         for i, logprobs in group_logprobs(model, sequences, row_tokens=config.row_tokens, temperature=temperature):
             examples[i].ref_logprobs = [lp.float().cpu() for lp in logprobs]
             on_group(sequences[i].num_tokens)
+
+
+@torch.no_grad()
+def sampler_mismatch(model: Any, examples: Sequence[Example], row_tokens: int, temperature: float) -> list[float]:
+    """KL(sampler ‖ learner) in nats a token, estimated on each example's responses that were asked plainly.
+
+    The mean of r − 1 − log r over sampled tokens, r = π_learner/π_sampler, is unbiased and never negative.
+    Source: Schulman, "Approximating KL divergence" (k3).
+    """
+    found = []
+    groups = group_logprobs(model, [e.sequences for e in examples], row_tokens=row_tokens, temperature=temperature)
+    for i, learner in groups:
+        pairs = zip(learner, examples[i].sampler_logprobs, examples[i].plain, strict=True)
+        ratios = [policy.float().cpu() - sampler for policy, sampler, plain in pairs if plain]
+        if ratios:
+            log_r = torch.cat(ratios).double()
+            found.append(float((log_r.exp() - 1 - log_r).mean()))
+    return found
 
 
 def train_policy(
@@ -173,7 +205,8 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     Without one informative group no step is taken and the policy stays. Returns the policy and facts for the summary.
     """
     run, config = session.run, session.config
-    examples = examples_of(groups, config.train)
+    strategies = [s.build() for s in config.generate.strategies]
+    examples = examples_of(groups, config.train, [s.name for s in strategies if s == Strategy(name=s.name)])
     facts: dict[str, Any] = {
         "groups": len(groups),
         "informative": len(examples),
@@ -182,6 +215,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         "loss_last": None,
     }
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
+    mismatch = f"round-{round_}/sampler_mismatch.json"
     settings = [config.train.model_dump(mode="json"), config.learner_temperature, config.seed]
     key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
@@ -192,11 +226,13 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         checkpoint.discard()
         run.write_json(steps, key, [])
         return policy, facts
-    if not (run.have(name, key) and run.have(steps, key)):
+    if not all(run.have(written, key) for written in (name, steps, mismatch)):
         _train_round(session, round_, policy, examples, checkpoint)
     checkpoint.discard()
     history = run.read_json(steps)
     facts |= {"steps": len(history), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]}
+    distances = np.array([NAN if value is None else value for value in run.read_json(mismatch)])
+    facts["sampler_mismatch"] = bootstrap(distances).as_dict()
     return Policy.of_folder(policy, run.path(name)), facts
 
 
@@ -224,6 +260,7 @@ def _train_round(
     config, run = session.config.train, session.run
     loaded = load_for_training(policy, config, session.config.seed)
     check_packing(loaded.model, max((e.sequences for e in examples), key=lambda s: s.num_tokens))
+    _mismatch(session, round_, loaded, examples, checkpoint.key)
     _reference(session, round_, loaded, examples)
     total = num_steps(len(examples), config.epochs, config.prompts_per_step)
     with session.progress.stage("train", total=total, unit="steps", label=f"round {round_}: train") as step:
@@ -242,6 +279,16 @@ def _train_round(
         )
     run.write_json(f"round-{round_}/steps.json", checkpoint.key, [asdict(m) for m in history])
     run.commit(f"round-{round_}/policy", checkpoint.key, loaded.save)
+
+
+def _mismatch(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example], key: str) -> None:
+    """Measured before the first step, when the learner still is the policy that was sampled from."""
+    some = [e for e in examples if any(e.plain)][:MISMATCH_GROUPS]
+    with autocast(loaded.model):
+        temperature = session.config.generate.temperature
+        values = sampler_mismatch(loaded.model, some, session.config.train.row_tokens, temperature)
+    finite = [value if math.isfinite(value) else None for value in values]  # what is not will stop the training
+    session.run.write_json(f"round-{round_}/sampler_mismatch.json", key, finite)
 
 
 def _reference(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example]) -> None:

@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 Message = dict[str, Any]
 """One chat turn, e.g. ``{"role": "user", "content": "My parcel is late."}``."""
 
+RolloutDtype = Literal["auto", "float32", "bfloat16", "int8"]
+
 NAN = float("nan")
 
 
@@ -178,7 +180,8 @@ class SamplingPlan:
     """How to sample one group a prompt. Response i uses ``strategies[i % len(strategies)]``.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean no truncation. `stop` strings end a response; the token
-    that completes one is kept.
+    that completes one is kept. `dtype` is the sampler's precision: "auto" (bf16 where the hardware multiplies it, else
+    fp32), or one by name; "int8" rounds the weights of linear layers.
     """
 
     group_size: int = 8  # N
@@ -189,6 +192,7 @@ class SamplingPlan:
     stop: tuple[str, ...] = ()
     strategies: tuple[Strategy, ...] = (PLAIN,)
     seed: int = 0
+    dtype: RolloutDtype = "auto"
 
     @property
     def truncated(self) -> bool:

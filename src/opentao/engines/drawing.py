@@ -1,0 +1,102 @@
+"""Drawing tokens: one number in [0, 1) a row through the inverse of the distribution function, and exact log-probs.
+
+A vocabulary-wide random draw a step costs more than the model's matrix products on a CPU; here a row needs one uniform
+number, one pass of exponentials and two short searches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opentao.types import SamplingPlan
+
+
+def uniforms(seed: int, count: int) -> Tensor:
+    """The random stream of one response."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(
+    logits_LV: Tensor,
+    uniform_L: Tensor,
+    plan: SamplingPlan,
+    forced_L: Tensor | None = None,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverse CDF. Log-probs are of the full distribution at the temperature (1 if greedy).
+
+    Args:
+        logits_LV: unscaled logits of L rows.
+        uniform_L: one number in [0, 1) a row.
+        forced_L: tokens to take instead of drawing; -1 = draw.
+        room: what `room_for` gave for as many rows or more, to be used again at every step.
+    """
+    mass, peak, width = _masses(logits_LV, plan.temperature or 1.0, room if room is not None else room_for(logits_LV))
+    total = mass.sum(-1, keepdim=True)
+    if plan.truncated:
+        mass = truncate(mass, plan.top_k, plan.top_p)
+    token = logits_LV.argmax(-1, keepdim=True) if plan.temperature == 0 else _inverse_cdf(mass, uniform_L, width)
+    if forced_L is not None:
+        token = torch.where(forced_L[:, None] < 0, token, forced_L[:, None])
+    logprob = logits_LV.gather(-1, token).float() / (plan.temperature or 1.0) - peak - total.log()
+    return token[:, 0], logprob[:, 0]
+
+
+def room_for(logits_LV: Tensor, rows: int | None = None) -> Tensor:
+    """Memory for the work of `draw` on so many rows, [rows, vocabulary padded to whole blocks], fp32.
+
+    Fresh pages for it at every step cost several times the arithmetic on them.
+    """
+    L, V = rows or len(logits_LV), logits_LV.shape[1]
+    width = _block_width(V)
+    return torch.empty(L, math.ceil(V / width) * width, dtype=torch.float32, device=logits_LV.device)
+
+
+def _block_width(vocabulary: int) -> int:
+    return math.ceil(math.sqrt(vocabulary))
+
+
+def _masses(logits_LV: Tensor, temperature: float, room: Tensor) -> tuple[Tensor, Tensor, int]:
+    """exp(logit/temperature − peak) in `room`, padded with zeros to whole blocks; the peak; the block width."""
+    L, V = logits_LV.shape
+    mass = room[:L]
+    scaled = mass[:, :V].copy_(logits_LV)
+    if temperature != 1.0:
+        scaled.div_(temperature)
+    peak = scaled.amax(-1, keepdim=True)
+    scaled.sub_(peak).exp_()
+    mass[:, V:] = 0
+    return mass, peak, _block_width(V)
+
+
+def _inverse_cdf(mass_LV: Tensor, uniform_L: Tensor, width: int) -> Tensor:
+    """Token [L, 1] at which the cumulative mass passes `uniform_L`: the block of `width` tokens first, then in it.
+
+    A token of zero mass is never hit: places are strictly below the sum, and the first sum above a place is taken.
+    """
+    blocks_LBW = mass_LV.view(len(mass_LV), -1, width)
+    sums = blocks_LBW.sum(-1)
+    ends = sums.cumsum(-1)
+    place = _below(uniform_L[:, None] * ends[:, -1:], ends[:, -1:])
+    block = torch.searchsorted(ends, place, right=True)
+    inside = blocks_LBW[torch.arange(len(mass_LV), device=mass_LV.device), block[:, 0]].cumsum(-1)
+    rest = _below(place - (ends - sums).gather(-1, block), inside[:, -1:])
+    return block * width + torch.searchsorted(inside, rest, right=True)
+
+
+def _below(place: Tensor, end: Tensor) -> Tensor:
+    """`place`, kept between 0 and the largest number below `end` against rounding."""
+    return torch.minimum(place.clamp(min=0), torch.nextafter(end, torch.zeros_like(end)))
+
+
+def truncate(mass_LV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Zero what is outside the `top_k` largest, then outside the smallest set that holds `top_p` of the rest."""
+    ordered, order = mass_LV.sort(-1, descending=True)
+    if top_k > 0:
+        ordered[:, top_k:] = 0
+    before = ordered.cumsum(-1) - ordered
+    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(mass_LV).scatter_(-1, order, ordered)
