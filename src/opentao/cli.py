@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -42,6 +42,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one config key; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+BenchKind = Literal["generate", "train", "score", "reward-train", "round"]
+BenchDtype = Literal["float32", "bfloat16", "int8"]
 Round = Annotated[int, typer.Option("--round", min=1, help="Which round.")]
 
 
@@ -357,6 +359,34 @@ def doctor(
         _emit(found, True)
     else:
         render(found, Console())
+
+
+@app.command()
+@guarded
+def bench(
+    kind: Annotated[BenchKind, typer.Argument(help="What is timed.")],
+    vs: Annotated[str, typer.Option(help="Peers, by commas: transformers, vllm, llama.cpp, trl.")] = "",
+    model: Annotated[str, typer.Option(help="Built-in name, folder or hub name.")] = "smollm2-135m-instruct",
+    prompts: Annotated[int, typer.Option(min=1)] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, chat template included.")] = 62,
+    group_size: Annotated[int, typer.Option(min=2, help="Responses a prompt.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a response.")] = 64,
+    dtype: Annotated[BenchDtype, typer.Option(help="Of the weights, for all systems.")] = "float32",
+    lora: Annotated[bool, typer.Option("--lora/--full", help="Which weights a training step changes.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each system, in turn.")] = 3,
+    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="A peer's environment.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time OpenTAO side by side with what you would use instead: same model, prompts and sampling."""
+    from opentao.bench.command import run_bench
+    from opentao.bench.run import as_text
+
+    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "group_size": group_size, "new_tokens": new_tokens}
+    settings = {"dtype": dtype, "lora": lora, "repeats": repeats}
+    peers = [peer.strip() for peer in vs.split(",") if peer.strip()]
+    _prepare_process()
+    result = run_bench(kind, sizes, model, peers, peer_env or (), settings)
+    _emit(result, as_json, as_text(result))
 
 
 @reward_app.command("train")

@@ -12,21 +12,16 @@ a draw from the full distribution, one seed a sequence); its calls are spread ov
 leaves to its user.
 """
 
-import contextlib
 import ctypes
-import importlib
-import importlib.metadata
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, TextIO
+from types import ModuleType
+from typing import NamedTuple
 
 BATCH_TOKENS = 2048  # most tokens handed to one `llama_decode`
 MICRO_BATCH_TOKENS = 512  # most tokens in one pass over the weights: above all sequence counts below
@@ -63,9 +58,7 @@ class Spec:
             raise ValueError(f"group_size {raw['group_size']} is above the {MAX_SEQUENCES} sequences of llama.cpp")
         names = ("prompt_ids", "group_size", "new_tokens", "temperature", "dtype", "threads")
         options = raw["options"]
-        return cls(
-            **{name: raw[name] for name in names}, gguf=Path(options["gguf"]), parallel=options.get("parallel")
-        )
+        return cls(**{name: raw[name] for name in names}, gguf=Path(options["gguf"]), parallel=options.get("parallel"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,109 @@
+"""transformers as a peer: `generate` for sampling, the padded batch forward of a sequence classifier for scoring.
+
+The warm-up tries the configurations that a user has (cache, how many rows at once) and keeps the fastest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from common import Answers, guarded, read_case, serve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(answers: Answers) -> None:
+    case = read_case()
+    torch.set_num_threads(case["threads"])
+    transformers.logging.set_verbosity_error()
+    work, config = {"generate": generate, "score": score}[case["kind"]](case)
+    serve(answers, work, name="transformers", version=transformers.__version__, config=config)
+
+
+def fastest(choices: dict[str, Callable[[], Any]]) -> str:
+    """The choice that takes least time; one that fails (memory, not supported) is no choice."""
+    times = {}
+    for name, attempt in choices.items():
+        try:
+            attempt()
+            start = time.perf_counter()
+            attempt()
+            times[name] = time.perf_counter() - start
+        except (RuntimeError, ValueError, NotImplementedError, MemoryError):
+            continue
+    return min(times, key=lambda name: times[name])
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def generate(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(case["model"], dtype=DTYPES[case["dtype"]])
+    model.to(device()).eval()
+    prompts = torch.tensor(case["prompt_ids"], device=device())  # all of one length: nothing is padded
+    sequences = len(prompts) * case["group_size"]
+
+    @torch.inference_mode()
+    def run(at_once: int, cache: str | None, tokens: int, limit: int | None = None) -> int:
+        made = 0
+        step = max(1, at_once // case["group_size"])
+        for start in range(0, limit or len(prompts), step):
+            ids = prompts[start : start + step]
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=case["temperature"],
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=case["group_size"],
+                min_new_tokens=tokens,  # as long as all others': the end token is not drawn
+                max_new_tokens=tokens,
+                cache_implementation=cache,
+                pad_token_id=0,
+            )
+            made += out[:, ids.shape[1] :].numel()
+        return made
+
+    choices = [(n, cache) for n in sorted({sequences, max(case["group_size"], sequences // 4)}) for cache in CACHES]
+    names = {f"{n} sequences at once, {cache or 'dynamic'} cache": (n, cache) for n, cache in choices}
+    # A few tokens tell which is fastest; a prompt as long as they are would only be timed twice.
+    best = fastest({name: lambda c=c: run(*c, 4, min(len(prompts), 4)) for name, c in names.items()})
+    at_once, cache = names[best]
+    return lambda: run(at_once, cache, case["new_tokens"]), f"{case['dtype']}, {best}"
+
+
+CACHES = (None, "static")
+
+
+def score(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        case["options"]["classifier"], dtype=DTYPES[case["dtype"]]
+    )
+    model.to(device()).eval()
+    rows = [
+        [*prompt, *response]
+        for prompt, responses in zip(case["prompt_ids"], case["responses"], strict=True)
+        for response in responses
+    ]
+    ids = torch.tensor(rows, device=device())
+
+    @torch.inference_mode()
+    def run(batch: int, limit: int) -> int:
+        for part in ids[:limit].split(batch):
+            model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
+        return limit * case["new_tokens"]
+
+    sizes = sorted({1, 4, case["group_size"], 2 * case["group_size"]})
+    some = min(len(rows), 2 * case["group_size"])
+    best = fastest({str(n): lambda n=n: run(n, some) for n in sizes})
+    return lambda: run(int(best), len(rows)), f"{case['dtype']}, batches of {best}"
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,117 @@
+"""The benchmark's parent with real workers on the tiny model: turns, medians, exact prompt lengths, named failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from opentao.bench import run as run_module
+from opentao.bench.case import Case, make_prompts, make_responses
+from opentao.bench.command import run_bench
+from opentao.bench.run import BenchError, Worker, as_text, bench, interpreter
+from opentao.cli import app
+from opentao.models import load_tokenizer
+
+SIZES = {"prompts": 2, "prompt_tokens": 30, "group_size": 2, "new_tokens": 4}
+SETTINGS = {"dtype": "float32", "lora": True, "repeats": 3}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """This interpreter as a peer's environment: transformers is installed in it."""
+    folder = tmp_path_factory.mktemp("env")
+    (folder / "bin").mkdir()
+    script = folder / "bin" / "python"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize("length", [20, 31, 200])
+def test_prompts_have_exactly_so_many_tokens_and_differ_early(tiny_model_dir: Path, length: int) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    frame = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], add_generation_prompt=True, return_dict=False
+    )
+    prompts = make_prompts(tokenizer, 5, length)
+    assert [len(p) for p in prompts] == [length] * 5
+    assert len({tuple(p[: len(frame) + 4]) for p in prompts}) == 5
+    assert all(p[-3:] == frame[-3:] for p in prompts)  # the template closes the message
+    assert prompts == make_prompts(tokenizer, 5, length)
+
+
+def test_a_prompt_shorter_than_the_template_is_refused(tiny_model_dir: Path) -> None:
+    sizes = SIZES | {"prompt_tokens": 3}
+    with pytest.raises(BenchError, match=r"--prompt-tokens: the chat template alone has \d+ tokens"):
+        run_bench("generate", sizes, str(tiny_model_dir), [], [], dict(SETTINGS))
+
+
+@pytest.mark.parametrize("kind", ["generate", "score"])
+def test_side_by_side_with_transformers(tiny_model_dir: Path, here: str, kind: Any) -> None:
+    result = run_bench(kind, SIZES, str(tiny_model_dir), ["transformers"], [f"transformers={here}"], dict(SETTINGS))
+    ours, peer = result["systems"]
+    assert (ours["name"], peer["name"]) == ("opentao", "transformers")
+    for system in (ours, peer):
+        assert system["tokens"] == 2 * 2 * 4  # equal work
+        assert len(system["seconds"]) == 3
+        assert system["median_s"] == sorted(system["seconds"])[1]
+        assert system["tokens_per_second"] == pytest.approx(16 / system["median_s"])
+        assert system["peak_bytes"] > 10**7
+    assert result["times_faster"] == {"transformers": pytest.approx(peer["median_s"] / ours["median_s"])}
+    assert all(v > 0 for v in result["limit_tokens_per_second"].values())
+    assert "transformers" in as_text(result) and "×" in as_text(result)
+
+
+@pytest.mark.parametrize("kind", ["train", "reward-train", "round"])
+def test_our_side_of_every_kind(tiny_model_dir: Path, kind: Any) -> None:
+    result = run_bench(kind, SIZES, str(tiny_model_dir), [], [], SETTINGS | {"repeats": 1})
+    assert result["systems"][0]["tokens"] > 0 and result["times_faster"] == {}
+
+
+def test_they_take_turns(tiny_model_dir: Path, here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    real = Worker.go
+    monkeypatch.setattr(Worker, "go", lambda self: turns.append(self.label) or real(self))
+    run_bench("generate", SIZES, str(tiny_model_dir), ["transformers"], [f"transformers={here}"], dict(SETTINGS))
+    assert turns == ["opentao", "transformers"] * 3
+
+
+def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"vllm: no environment at .*; benchmarks/README.md says how"):
+        interpreter("vllm", "generate", {"vllm": tmp_path})
+    with pytest.raises(BenchError, match=r"--vs vlm: expected one of: transformers, trl, vllm, llama\.cpp"):
+        interpreter("vlm", "generate", {})
+    with pytest.raises(BenchError, match=r"--vs trl: does not score; it does: round, train"):
+        interpreter("trl", "score", {})
+
+
+def test_a_worker_that_dies_tells_its_last_words(tmp_path: Path) -> None:
+    code = "import sys\nprint('{\"ready\": true}', flush=True)\nsys.stdin.readline()\nsys.exit('out of luck')"
+    worker = Worker([sys.executable, "-c", code], tmp_path, "peer")
+    with pytest.raises(BenchError, match="peer: died: out of luck"):
+        worker.go()
+    worker.close()
+    with pytest.raises(BenchError, match=r"peer: died: .*No such file"):
+        Worker([sys.executable, str(tmp_path / "none.py")], tmp_path, "peer")
+
+
+def test_a_peers_error_is_one_line(tiny_model_dir: Path, here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run_module.DOES, "transformers", {"train"})
+    case = Case(kind="train", model=str(tiny_model_dir), prompt_ids=[[1, 5, 6]], group_size=2, new_tokens=2)
+    make_responses(case, 400)
+    with pytest.raises(BenchError, match="transformers: KeyError: 'train'"):
+        bench(case, ["transformers"], {"transformers": Path(here)}, 1)
+
+
+def test_the_command_prints_json(tiny_model_dir: Path) -> None:
+    options = ["--prompts", "1", "--prompt-tokens", "30", "--group-size", "2", "--new-tokens", "2", "--repeats", "1"]
+    done = CliRunner().invoke(app, ["bench", "generate", "--model", str(tiny_model_dir), *options, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["systems"][0]["name"] == "opentao"
+    failed = CliRunner().invoke(app, ["bench", "generate", "--model", str(tiny_model_dir), "--vs", "no", *options])
+    assert failed.exit_code == 1 and "--vs no: expected one of" in failed.output
