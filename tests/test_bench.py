@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from opentao.bench import run as run_module
@@ -17,6 +20,7 @@ from opentao.bench.run import BenchError, Worker, as_text, bench, interpreter
 from opentao.cli import app
 from opentao.models import load_tokenizer
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"prompts": 2, "prompt_tokens": 30, "group_size": 2, "new_tokens": 4}
 SETTINGS = {"dtype": "float32", "lora": True, "repeats": 3}
 
@@ -86,7 +90,7 @@ def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
         interpreter("vllm", "generate", {"vllm": tmp_path})
     with pytest.raises(BenchError, match=r"--vs vlm: expected one of: transformers, trl, vllm, llama\.cpp"):
         interpreter("vlm", "generate", {})
-    with pytest.raises(BenchError, match=r"--vs trl: does not score; it does: round, train"):
+    with pytest.raises(BenchError, match=r"--vs trl: does not score; it does: reward-train, round, train"):
         interpreter("trl", "score", {})
 
 
@@ -115,3 +119,47 @@ def test_the_command_prints_json(tiny_model_dir: Path) -> None:
     assert json.loads(done.stdout)["systems"][0]["name"] == "opentao"
     failed = CliRunner().invoke(app, ["bench", "generate", "--model", str(tiny_model_dir), "--vs", "no", *options])
     assert failed.exit_code == 1 and "--vs no: expected one of" in failed.output
+
+
+# ---------------------------------------------------------------------------------------------------- benchmarks/
+
+
+def benchmarks_run() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmarks_run", BENCHMARKS / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_results_is_what_the_script_writes() -> None:
+    cpu, gpu = (
+        json.loads(path.read_text()) if path.exists() else {}
+        for path in (BENCHMARKS / "results.json", BENCHMARKS / "results-gpu.json")
+    )
+    assert (BENCHMARKS / "RESULTS.md").read_text() == benchmarks_run().page(cpu, gpu)
+
+
+def test_a_bar_is_held_or_not() -> None:
+    run = benchmarks_run()
+    result = {
+        "kind": "generate",
+        "times_faster": {"transformers": 3.5, "vllm": 2.9},
+        "limit_tokens_per_second": {"128": 500.0, "256": 600.0},
+        "systems": [{"tokens_per_second": 420.0}],
+    }
+    rows = [(what.rpartition(": ")[2], value, held) for what, value, _, held in run.bars("generate-short", result)]
+    assert rows == [
+        ("faster than transformers", 3.5, True),
+        ("faster than vllm", 2.9, False),
+        ("share of the matrix-product limit", 0.7, True),
+    ]
+    [(what, value, bound, held)] = run.bars("growth-responses", {"kind": "growth", "ratio": 1.6})
+    assert "N from 8 to 16" in what and (value, bound, held) == (1.6, "at most 1.5×", False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_that_there_is_none() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, "no CUDA device")

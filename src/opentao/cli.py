@@ -6,21 +6,20 @@ Heavy imports happen inside the commands, so that `tao --help` answers at once.
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from opentao.config import Config, LoraLayers, load_config
-from opentao.errors import ConfigError, DataError, TaoError
+from opentao.cli_bench import bench
+from opentao.cli_common import AsJson, emit, guarded, prepare_process
+from opentao.cli_reward import reward_app
+from opentao.config import Config, load_config
+from opentao.errors import DataError
 from opentao.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,81 +31,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-reward_app = typer.Typer(help="Train and test a reward model on people's choices.", no_args_is_help=True)
-app.add_typer(reward_app, name="reward")
-
-Returned = TypeVar("Returned")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config; `tao init` writes one.")]
 RunDir = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run directory; an existing one is resumed.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one config key; may be repeated.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
-BenchKind = Literal["generate", "train", "score", "reward-train", "round"]
-BenchDtype = Literal["float32", "bfloat16", "int8"]
 Round = Annotated[int, typer.Option("--round", min=1, help="Which round.")]
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-
-
-def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
-    """Turn expected failures into one line and the contract's exit status; bugs keep their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Returned:
-        try:
-            with _answer_alone(bool(kwargs.get("as_json"))):
-                return command(*args, **kwargs)
-        except TaoError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("stopped; the same command goes on from here", 1)
-        except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
-            if error.errno in FULL:
-                _fail(f"disk full{where}; free some space and run it again", 1)
-            if error.errno not in NOT_OURS:
-                raise
-            _fail(f"{error.strerror}{where}", 1)
-
-    return wrapped
-
-
-_answer: ContextVar[TextIO] = ContextVar("answer")  # where `--json` prints its object
-
-
-@contextmanager
-def _answer_alone(as_json: bool) -> Iterator[None]:
-    """With `--json` standard output is the answer's alone: what a scorer or a library prints goes to standard error."""
-    _answer.set(sys.stdout)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield
-
-
-def _fail(message: str, status: int) -> Any:
-    print(f"tao: {message}", file=sys.stderr)
-    raise typer.Exit(status)
-
-
-def _prepare_process() -> None:
-    """For commands that compute. transformers draws bars of its own; ours say more."""
-    from opentao.allocator import use_large_pages
-
-    use_large_pages()
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _emit(value: Any, as_json: bool, text: str | None = None) -> None:
-    if as_json:
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=_answer.get())
-    elif text is not None:
-        print(text)
 
 
 @contextmanager
@@ -114,7 +44,7 @@ def _open(config: Path, run: Path, overrides: list[str] | None) -> Iterator[Sess
     from opentao.session import open_session
 
     loaded = load_config(config, overrides or ())
-    _prepare_process()
+    prepare_process()
     with Progress() as progress, open_session(loaded, run, progress) as session:
         yield session
 
@@ -123,7 +53,7 @@ def _finished(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     from opentao.summary import summary_table
 
     if as_json:
-        _emit(summary, True)
+        emit(summary, True)
         return
     Console().print(summary_table(summary))
     print(f"report: {run / 'report.html'}")
@@ -139,7 +69,7 @@ def demo(
     """Watch the whole method on a support desk, with the built-in model."""
     from opentao.demo import run_demo
 
-    _prepare_process()
+    prepare_process()
     with Progress() as progress:
         summary = run_demo(run, seed, progress)
     _finished(summary, run, as_json)
@@ -169,7 +99,7 @@ def run_command(
     loaded = load_config(config, overrides or ())
     from opentao import loop
 
-    _prepare_process()
+    prepare_process()
     with Progress() as progress:
         summary = loop.run(loaded, run, progress)
     _finished(summary, run, as_json)
@@ -191,7 +121,7 @@ def import_command(
     if reading.set_aside:
         _write_lines(aside, [row.as_dict() for row in reading.set_aside])
     facts = {"prompts": len(reading.prompts), "set_aside": len(reading.set_aside), "understood": reading.understood}
-    _emit(facts | {"out": str(out)}, as_json, f"{reading.understood}\n{len(reading.prompts)} prompts -> {out}")
+    emit(facts | {"out": str(out)}, as_json, f"{reading.understood}\n{len(reading.prompts)} prompts -> {out}")
 
 
 def _prompt_line(prompt: Any) -> dict[str, Any]:
@@ -220,7 +150,7 @@ def generate(
         from opentao.loop import policy_before, sample_round
 
         shards = sample_round(session, round_, policy_before(session, round_))
-    _emit({"round": round_, "shards": shards}, as_json, f"{len(shards)} shards in {run}/round-{round_}/groups")
+    emit({"round": round_, "shards": shards}, as_json, f"{len(shards)} shards in {run}/round-{round_}/groups")
 
 
 @app.command()
@@ -244,7 +174,7 @@ def score(
             "informative": sum(g.informative for g in groups),
             "unscored": dict(unscored(groups)),
         }
-    _emit(facts, as_json, f"{facts['groups']} groups scored, {facts['informative']} informative")
+    emit(facts, as_json, f"{facts['groups']} groups scored, {facts['informative']} informative")
 
 
 @app.command()
@@ -265,7 +195,7 @@ def train(
         groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
         policy, facts = train_round(session, round_, policy_before(session, round_), groups)
     facts |= {"round": round_, "policy": str(policy.path) if policy.path else None, "policy_hash": policy.hash}
-    _emit(facts, as_json, f"{facts['steps']} steps; policy: {facts['policy'] or 'unchanged'}")
+    emit(facts, as_json, f"{facts['steps']} steps; policy: {facts['policy'] or 'unchanged'}")
 
 
 @app.command()
@@ -291,7 +221,7 @@ def evaluate(
             policy = policy_before(session, round_ + 1)
             outcome = measure(session, round_, policy, base, against=outcome.evaluation, facts=None)
     first = parse(Mean, outcome.numbers["first_try"], "first_try")
-    _emit(outcome.numbers, as_json, f"first try {number(first.mean, 3)} ({interval(first, 3)}, n = {first.n})")
+    emit(outcome.numbers, as_json, f"first try {number(first.mean, 3)} ({interval(first, 3)}, n = {first.n})")
 
 
 def _shards(session: Session, round_: int) -> list[str]:
@@ -353,93 +283,16 @@ def doctor(
 
     loaded: Config | None = load_config(config) if config else None
     prompts = read_prompts(Path(loaded.prompts.path)).prompts if loaded else ()
-    _prepare_process()
+    prepare_process()
     found = diagnose(loaded, prompts)
     if as_json:
-        _emit(found, True)
+        emit(found, True)
     else:
         render(found, Console())
 
 
-@app.command()
-@guarded
-def bench(
-    kind: Annotated[BenchKind, typer.Argument(help="What is timed.")],
-    vs: Annotated[str, typer.Option(help="Peers, by commas: transformers, vllm, llama.cpp, trl.")] = "",
-    model: Annotated[str, typer.Option(help="Built-in name, folder or hub name.")] = "smollm2-135m-instruct",
-    prompts: Annotated[int, typer.Option(min=1)] = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, chat template included.")] = 62,
-    group_size: Annotated[int, typer.Option(min=2, help="Responses a prompt.")] = 8,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a response.")] = 64,
-    dtype: Annotated[BenchDtype, typer.Option(help="Of the weights, for all systems.")] = "float32",
-    lora: Annotated[bool, typer.Option("--lora/--full", help="Which weights a training step changes.")] = True,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each system, in turn.")] = 3,
-    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="A peer's environment.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time OpenTAO side by side with what you would use instead: same model, prompts and sampling."""
-    from opentao.bench.command import run_bench
-    from opentao.bench.run import as_text
-
-    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "group_size": group_size, "new_tokens": new_tokens}
-    settings = {"dtype": dtype, "lora": lora, "repeats": repeats}
-    peers = [peer.strip() for peer in vs.split(",") if peer.strip()]
-    _prepare_process()
-    result = run_bench(kind, sizes, model, peers, peer_env or (), settings)
-    _emit(result, as_json, as_text(result))
-
-
-@reward_app.command("train")
-@guarded
-def reward_train(
-    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not exist.")],
-    model: Annotated[str, typer.Option("--model", help="Causal LM or sequence classifier to start from.")] = (
-        "smollm2-135m-instruct"
-    ),
-    epochs: Annotated[int, typer.Option(min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-5,
-    lora_rank: Annotated[int, typer.Option(min=0, help="0 trains all weights.")] = 0,
-    lora_layers: Annotated[LoraLayers, typer.Option(help="Which layers get the adapter.")] = "all-linear",
-    seed: int = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Train a reward model on people's choices (Bradley-Terry); writes an ordinary transformers folder."""
-    from opentao.preferences import read_preferences
-    from opentao.reward_model import RewardTraining, train_to_folder
-
-    if out.exists():
-        raise ConfigError(f"{out}: exists already; name a new folder")
-    found = read_preferences(pairs)
-    _prepare_process()
-    settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, lora_layers=lora_layers, seed=seed)
-    with Progress() as progress:
-        if found.set_aside:
-            first = found.set_aside[0]
-            progress.note(f"{len(found.set_aside)} rows set aside, first: line {first['line']}: {first['reason']}")
-        facts = train_to_folder(model, found.rankings, settings, out, progress)
-    _emit(facts | {"set_aside": len(found.set_aside)}, as_json, f"{facts['rankings']} rankings -> {out}")
-
-
-@reward_app.command("eval")
-@guarded
-def reward_eval(
-    model: Annotated[str, typer.Option("--model", help="Reward model: folder or hub name.")],
-    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
-    as_json: AsJson = False,
-) -> None:
-    """How often a reward model agrees with people's choices, beside the longer-answer baseline."""
-    from opentao.preferences import read_preferences
-    from opentao.reward_model import RewardModel, accuracy
-
-    found = read_preferences(pairs)
-    _prepare_process()
-    with Progress() as progress:
-        facts = accuracy(RewardModel.load(model), found.rankings, progress)
-    a, b = facts["accuracy"], facts["longer_wins"]
-    span = f"{a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs"
-    text = f"accuracy {a['mean']:.3f} ({span}); the longer answer wins {b['mean']:.3f}"
-    _emit(facts | {"set_aside": len(found.set_aside)}, as_json, text)
+app.command()(bench)
+app.add_typer(reward_app, name="reward")
 
 
 def main() -> None:

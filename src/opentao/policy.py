@@ -6,6 +6,7 @@ Its hash is the hash of its weights, so responses and stages can say which polic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -87,7 +88,12 @@ def default_device() -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AVX512-BF16 or AMX."""
+    """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AVX512-BF16 or AMX.
+
+    The environment's OPENTAO_BF16=0 says no, for results that are to be compared with those of other hardware.
+    """
+    if os.environ.get("OPENTAO_BF16") == "0":
+        return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -10,6 +10,7 @@ from typing import Any
 
 from opentao.bench.case import Case, Kind, make_prompts, make_responses
 from opentao.bench.run import BenchError, bench
+from opentao.builtin import BUILT_IN, extract_gguf
 from opentao.models import load_tokenizer, resolve_model
 
 CLASSIFIED = ("score", "reward-train")
@@ -23,12 +24,14 @@ def run_bench(
     peer_env: Sequence[str],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run one comparison. `sizes`: prompts, prompt_tokens, group_size, new_tokens; `settings`: of the case; repeats.
+    """Run one comparison. `sizes`: prompts, prompt_tokens, group_size, new_tokens.
+
+    `settings`: of the case, repeats, gguf.
 
     Raises:
         BenchError: a prompt cannot be made that short, a peer is missing or fails.
     """
-    repeats = settings.pop("repeats")
+    repeats, gguf = settings.pop("repeats"), settings.pop("gguf", None)
     tokenizer = load_tokenizer(str(resolve_model(model)))
     try:
         prompts = make_prompts(tokenizer, sizes["prompts"], sizes["prompt_tokens"])
@@ -48,7 +51,20 @@ def run_bench(
     with tempfile.TemporaryDirectory() as directory:
         if kind in CLASSIFIED:
             case.options["classifier"] = make_classifier(case.model, Path(directory) / "classifier")
+        if "llama.cpp" in peers:
+            case.options["gguf"] = str(gguf or make_gguf(model, Path(directory)))
         return bench(case, peers, environments(peer_env), repeats)
+
+
+def make_gguf(model: str, folder: Path) -> Path:
+    """The file that a built-in model was made from: the same weights.
+
+    Raises:
+        BenchError: another model; its file must be named.
+    """
+    if model not in BUILT_IN:
+        raise BenchError(f"--vs llama.cpp: name the GGUF file of {model} with --gguf, its weights in full precision")
+    return extract_gguf(model, folder)
 
 
 def make_classifier(model: str, folder: Path) -> str:

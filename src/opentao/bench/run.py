@@ -30,7 +30,7 @@ SCRIPTS = {
 }
 DOES = {
     "transformers": {"generate", "score"},
-    "trl": {"train", "round"},
+    "trl": {"train", "reward-train", "round"},
     "vllm": {"generate"},
     "llama.cpp": {"generate"},
 }

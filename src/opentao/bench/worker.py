@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opentao import __version__
 from opentao.allocator import use_large_pages
 from opentao.bench.peers.common import Answers, guarded, read_case, serve
 
@@ -20,6 +21,8 @@ def main(answers: Answers) -> None:
     use_large_pages()
     case = read_case()
     torch.set_num_threads(case["threads"])
+    if case["dtype"] == "float32":
+        os.environ["OPENTAO_BF16"] = "0"  # the same precision as the peers'
     works: dict[str, Callable[[dict[str, Any]], Callable[[], int]]] = {
         "generate": generate,
         "train": train,
@@ -33,7 +36,7 @@ def main(answers: Answers) -> None:
     work = works[case["kind"]](case)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = f"{case['dtype']}, {device}"
-    serve(answers, work, name="opentao", version=version("opentao"), config=config)
+    serve(answers, work, name="opentao", version=__version__, config=config)
 
 
 def matrix_limit(case: dict[str, Any]) -> dict[str, float]:

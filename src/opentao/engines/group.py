@@ -21,7 +21,7 @@ from opentao.engines.batch import Block, ContinuousBatch, Decoder, Stream
 from opentao.engines.memory import cache_token_bytes, free_bytes
 from opentao.engines.plain import PlainDecoder
 from opentao.engines.precision import load_sampler
-from opentao.engines.shared import SharedDecoder, pool_width
+from opentao.engines.shared import ROOT_APART, SharedDecoder, pool_width
 from opentao.pack import shares_prompt
 from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt
 from opentao.rows import MIN_PREFIX, common_prefix
@@ -143,7 +143,8 @@ class GroupEngine:
         root = min(common_prefix(prompts), min(map(len, prompts)) - 1) if len(blocks) > 1 else 0
         root = root if root >= max(MIN_PREFIX, MIN_ROOT_SHARE * longest) else 0
         share = min(len(b.streams) for b in blocks)
-        rows = budget // (own + -(-pool_width(longest - root) // share))
+        kept = longest - (root if root >= ROOT_APART else 0)
+        rows = budget // (own + -(-pool_width(kept) // share))
         rows = max(1, min(most, rows))
         return SharedDecoder(
             model,

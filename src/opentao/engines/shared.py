@@ -25,9 +25,11 @@ from opentao.policy import attention_of
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of transformers, newest first; the last is state-space
 
 ALONE = 256  # tokens from which a prompt is computed alone: without padding attention is causal and half the work
+ROOT_APART = 128  # tokens from which a root is attended by itself; a shorter one is copied to its prompts
 
 Part = tuple[Tensor, Tensor, Tensor]
-"""Attention over some keys: peak and sum of exp(scores − peak) [..., 1], and the values mixed by it [..., D]; fp32."""
+"""Attention over some keys: peak of the scores and sum of exp(scores − peak) [..., 1], values mixed by their softmax
+[..., D]; fp32."""
 
 
 class SharedDecoder:
@@ -49,12 +51,13 @@ class SharedDecoder:
         self.prompt_tokens = prompt_tokens
         self.prefill_tokens = prefill_tokens
         self.root = list(root)
-        self.cache = SharedCache(rows, own_tokens, len(self.root))
+        self.copied = len(self.root) if len(self.root) < ROOT_APART else 0  # tokens of it that each prompt keeps
+        self.cache = SharedCache(rows, own_tokens, len(self.root) - self.copied)
         self.root_cache: DynamicCache | None = None
 
     def fits(self, prompts: Sequence[Sequence[int]]) -> bool:
         """True if there is room for these prompts beside those that are there."""
-        new = sum(pool_width(len(prompt) - len(self.root)) for prompt in prompts)
+        new = sum(pool_width(len(prompt) - self.cache.root_tokens) for prompt in prompts)
         return self.cache.prompt_tokens + new <= self.prompt_tokens
 
     def enter(self, prompts: Sequence[list[int]], counts: Sequence[int]) -> Tensor:
@@ -62,7 +65,8 @@ class SharedDecoder:
         device = next(self.model.parameters()).device
         if self.root and self.root_cache is None:
             _, self.root_cache = run_prompts(self.model, [self.root], device)
-            self.cache.store_root(self.root_cache)
+            if not self.copied:
+                self.cache.store_root(self.root_cache)
         own = [prompt[len(self.root) :] for prompt in prompts]
         places: list[Place | None] = [None] * len(own)
         logits: list[Tensor] = [torch.empty(0)] * len(own)
@@ -73,7 +77,7 @@ class SharedDecoder:
             chunk, order = order[:rows], order[rows:]
             hidden, cache = run_prompts(self.model, [own[b] for b in chunk], device, self.root_cache)
             for row, b in enumerate(chunk):
-                places[b] = self.cache.store_prompt(cache, row, len(own[b]))
+                places[b] = self.cache.store_prompt(cache, row, len(own[b]), self.copied)
             for b, row_logits in zip(chunk, head_logits(self.model, hidden[:, -1]), strict=True):
                 logits[b] = row_logits
         for place, count in zip(places, counts, strict=True):
@@ -145,25 +149,35 @@ class Place:
 
 @dataclass(slots=True, eq=False)
 class PromptPool:
-    """Prompts of like length: keys and values a layer, [capacity, Hk, width, D], the first `len(places)` in use."""
+    """Prompts of like length: keys and values of each layer, the first `len(places)` of the capacity in use.
+
+    Keys lie transposed, as the product with queries reads them fastest: [capacity, Hk, D, width]; values
+    [capacity, Hk, width, D].
+    """
 
     width: int
     k: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    bias: Tensor | None = None  # [capacity, 1, 1, width]: −inf behind a prompt's end; None: no prompt is shorter
+    longest: int = 0
+    bias: Tensor | None = None  # [places, 1, 1, longest]: −inf behind a prompt's end; None: all are equally long
 
-    def add(self, layers: Sequence[Any], row: int, length: int) -> Place:
-        """Copy the last `length` tokens of one row of a transformers cache."""
-        place = Place(self, len(self.places), length)
+    def add(self, layers: Sequence[Any], row: int, length: int, start: int) -> Place:
+        """Copy one row of a transformers cache: its first `start` tokens and its last `length`."""
+        place = Place(self, len(self.places), start + length)
         self.places.append(place)
         for i, layer in enumerate(layers):
-            for kept, new in ((self.k, layer.keys), (self.v, layer.values)):
+            for kept, new in ((self.k, layer.keys[row].transpose(1, 2)), (self.v, layer.values[row])):
+                axis = 2 if kept is self.k else 1
                 if len(kept) == i:
-                    kept.append(new.new_zeros(1, new.shape[1], self.width, new.shape[3]))
+                    shape = list(new.shape)
+                    shape[axis] = self.width
+                    kept.append(new.new_zeros(1, *shape))
                 elif len(kept[i]) < len(self.places):
                     kept[i] = torch.cat([kept[i], torch.zeros_like(kept[i])])
-                kept[i][place.index, :, :length] = new[row, :, new.shape[2] - length :]
+                here, end = kept[i][place.index], new.shape[axis]
+                here.narrow(axis, 0, start).copy_(new.narrow(axis, 0, start))
+                here.narrow(axis, start, length).copy_(new.narrow(axis, end - length, length))
         self._set_bias()
         return place
 
@@ -178,9 +192,10 @@ class PromptPool:
 
     def _set_bias(self) -> None:
         lengths = torch.tensor([place.length for place in self.places], device=self.k[0].device)
-        hidden = torch.arange(self.width, device=lengths.device) >= lengths[:, None]
+        self.longest = max((place.length for place in self.places), default=0)
+        hidden = torch.arange(self.longest, device=lengths.device) >= lengths[:, None]
         bias = torch.zeros(hidden.shape, device=lengths.device).masked_fill_(hidden, float("-inf"))
-        self.bias = bias[:, None, None] if any(place.length < self.width for place in self.places) else None
+        self.bias = bias[:, None, None] if any(place.length < self.longest for place in self.places) else None
 
 
 def pool_width(length: int) -> int:
@@ -191,6 +206,16 @@ def pool_width(length: int) -> int:
     """
     step = max(16, 1 << max(0, length.bit_length() - 4))
     return -(-length // step) * step
+
+
+def own_capacity(length: int, most: int) -> int:
+    """Places for a response's own tokens: steps of 8, and of an eighth for long ones.
+
+    >>> [own_capacity(length, 1000) for length in (1, 9, 100, 500, 999)]
+    [8, 16, 108, 558, 1000]
+    """
+    step = max(8, length // 8)
+    return min(most, -(-length // step) * step)
 
 
 @dataclass(slots=True)
@@ -207,28 +232,36 @@ class SharedCache:
 
     def __init__(self, rows: int, own_tokens: int, root_tokens: int) -> None:
         self.rows, self.own_tokens, self.root_tokens = rows, own_tokens, root_tokens
-        self.root: list[tuple[Tensor, Tensor]] = []  # a layer: [Hk, C, D] twice
+        self.root: list[tuple[Tensor, Tensor]] = []  # a layer: keys [Hk, D, C], values [Hk, C, D]
         self.pools: dict[int, PromptPool] = {}
-        self.own_k: list[Tensor] = []  # a layer: [rows, Hk, own_tokens, D]
+        self.own_k: list[Tensor] = []  # a layer: [rows, Hk, capacity, D]
         self.own_v: list[Tensor] = []
         self.places: list[Place] = []  # of each live row
         self.lengths: list[int] = []  # own tokens of each live row
         self.layout: tuple[list[PoolRows], Tensor] | None = None  # None: rows have come or gone
 
     def store_root(self, cache: DynamicCache) -> None:
-        self.root = [(layer.keys[0].contiguous(), layer.values[0].contiguous()) for layer in cache.layers]
+        self.root = [(layer.keys[0].mT.contiguous(), layer.values[0].contiguous()) for layer in cache.layers]
 
-    def store_prompt(self, cache: DynamicCache, row: int, length: int) -> Place:
+    def store_prompt(self, cache: DynamicCache, row: int, length: int, start: int = 0) -> Place:
         if not self.own_k:
             self.own_k = [self._own(layer.keys) for layer in cache.layers]
             self.own_v = [self._own(layer.values) for layer in cache.layers]
-        width = pool_width(length)
+        width = pool_width(start + length)
         pool = self.pools.setdefault(width, PromptPool(width))
-        return pool.add(cache.layers, row, length)
+        return pool.add(cache.layers, row, length, start)
 
     def _own(self, like: Tensor) -> Tensor:
         # Zeros: what a masked place holds is multiplied by 0, and 0 times NaN is NaN.
-        return like.new_zeros(self.rows, like.shape[1], self.own_tokens, like.shape[3])
+        return like.new_zeros(self.rows, like.shape[1], own_capacity(1, self.own_tokens), like.shape[3])
+
+    def _grow(self) -> None:
+        """Make room for one more own token. Room that is not used would be skipped over at every read: slow."""
+        for kept in (self.own_k, self.own_v):
+            for i, old in enumerate(kept):
+                used = old.shape[2]
+                kept[i] = old.new_zeros(*old.shape[:2], own_capacity(used + 1, self.own_tokens), old.shape[3])
+                kept[i][:, :, :used] = old
 
     def append(self, place: Place, count: int) -> None:
         place.num_rows += count
@@ -270,6 +303,8 @@ class SharedCache:
         if self.layout is None:
             self.layout = self._arrange(device)
         self.num_own = max(self.lengths) + 1
+        if self.num_own > self.own_k[0].shape[2]:
+            self._grow()
         self.length_L = torch.tensor(self.lengths, device=device)
         self.row_L = torch.arange(len(self.lengths), device=device)
         self.uniform = min(self.lengths) + 1 == self.num_own
@@ -316,7 +351,7 @@ class SharedCache:
             own_k[: len(q), :, self.num_own - 1], own_v[: len(q), :, self.num_own - 1] = k[:, :, 0], v[:, :, 0]
         else:
             own_k[self.row_L, :, self.length_L], own_v[self.row_L, :, self.length_L] = k[:, :, 0], v[:, :, 0]
-        return _part(q, own_k[: len(q), :, : self.num_own], own_v[: len(q), :, : self.num_own], self.own_bias)
+        return _part(q, own_k[: len(q), :, : self.num_own].mT, own_v[: len(q), :, : self.num_own], self.own_bias)
 
     def _prompt_part(self, layer: int, q: Tensor) -> Part:
         """All rows of a prompt look at it in one matrix product."""
@@ -327,7 +362,8 @@ class SharedCache:
             B, S = len(rows.pool.places), rows.slots
             _, Hk, rep, D = q.shape
             by_prompt = q.index_select(0, rows.gather).view(B, S, Hk, rep, D).transpose(1, 2).reshape(B, Hk, S * rep, D)
-            part = _part(by_prompt, rows.pool.k[layer][:B], rows.pool.v[layer][:B], rows.pool.bias)
+            k, v = rows.pool.k[layer][:B, ..., : rows.pool.longest], rows.pool.v[layer][:B, :, : rows.pool.longest]
+            part = _part(by_prompt, k, v, rows.pool.bias)
             found.append(tuple(x.view(B, Hk, S, rep, -1).transpose(1, 2).reshape(B * S, Hk, rep, -1) for x in part))
         together = found[0] if len(found) == 1 else tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
         peak, total, mixed = (x.index_select(0, where) for x in together)
@@ -342,22 +378,26 @@ class SharedCache:
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Part:
-    scores = q @ k.transpose(-1, -2)
-    scores = scores.float() if bias is None else scores.float() + bias
-    peak = scores.amax(-1, keepdim=True)
-    mass = (scores - peak).exp_()
-    return peak, mass.sum(-1, keepdim=True), (mass.to(v.dtype) @ v).float()
+    """q [..., Q, D], k [..., D, K], v [..., K, D]. The sum is 1/(the largest probability): softmax is one fast pass."""
+    scores = (q @ k).float()
+    if bias is not None:
+        scores += bias
+    probs = scores.softmax(-1)
+    return scores.amax(-1, keepdim=True), probs.amax(-1, keepdim=True).reciprocal_(), (probs.to(v.dtype) @ v).float()
 
 
 def _merged(parts: Sequence[Part]) -> Tensor:
-    """One softmax over all keys: out = Σ mixed·exp(peak − top) / Σ total·exp(peak − top)."""
+    """One softmax over all keys: out = Σ w·mixed / Σ w with w = total·exp(peak − top)."""
     top = parts[0][0]
     for peak, _, _ in parts[1:]:
         top = torch.maximum(top, peak)
-    weight = [(peak - top).exp_() for peak, _, _ in parts]
-    total = sum(w * t for w, (_, t, _) in zip(weight, parts, strict=True))
-    mixed = sum(w * m for w, (_, _, m) in zip(weight, parts, strict=True))
-    return torch.as_tensor(mixed) / total
+    out, norm = None, None
+    for peak, total, mixed in parts:
+        weight = (peak - top).exp_().mul_(total)
+        out = mixed * weight if out is None else out.addcmul_(mixed, weight)
+        norm = weight if norm is None else norm + weight
+    assert out is not None
+    return out / norm
 
 
 def _shared_attention(

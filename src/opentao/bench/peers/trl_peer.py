@@ -1,7 +1,4 @@
-"""TRL as a peer: the learner step of GRPOTrainer on given responses, or its whole step (generation included).
-
-Left out: RewardTrainer (its collator wants text, and what it makes of given token ids differs by version).
-"""
+"""TRL as a peer: a learner step of GRPOTrainer on given responses, its whole step, or a step of RewardTrainer."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import trl
 from common import Answers, guarded, read_case, serve
 from datasets import Dataset
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 
 def main(answers: Answers) -> None:
@@ -29,12 +26,8 @@ def main(answers: Answers) -> None:
 
 def choose(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
     """The micro-batch size that is fastest on one step; a size that the options name is taken as it is."""
-    sizes = (
-        [case["options"]["micro_batch"]]
-        if "micro_batch" in case["options"]
-        else [case["group_size"] // 2, case["group_size"]]
-    )
-    works = {size: step_of(case, size) for size in sizes}
+    make = reward_step_of if case["kind"] == "reward-train" else step_of
+    works = {size: make(case, size) for size in sizes_of(case)}
     times = {}
     for size, work in works.items():
         work()
@@ -44,6 +37,15 @@ def choose(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
     best = min(times, key=lambda size: times[size])
     kind = "LoRA" if case["lora"] else "full"
     return works[best], f"{case['dtype']}, {kind}, micro-batches of {best}"
+
+
+def sizes_of(case: dict[str, Any]) -> list[int]:
+    if "micro_batch" in case["options"]:
+        return [case["options"]["micro_batch"]]
+    if case["kind"] == "reward-train":  # pairs: all at once, or half of them
+        pairs = len(case["prompt_ids"])
+        return sorted({n for n in (pairs, pairs // 2, 1) if n and pairs % n == 0 and n <= 8})
+    return [case["group_size"] // 2, case["group_size"]]
 
 
 def step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
@@ -118,6 +120,47 @@ def given_batch(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "advantages": advantages.flatten(),
         "num_items_in_batch": torch.tensor(completions.numel(), device=device),
     }
+
+
+def reward_step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
+    """One Bradley-Terry step on the best and the worst response of each group."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        case["options"]["classifier"], dtype=torch.float32
+    )
+    pairs: dict[str, list[list[int]]] = {"chosen_ids": [], "rejected_ids": []}
+    for prompt, responses, rewards in zip(case["prompt_ids"], case["responses"], case["rewards"], strict=True):
+        for name, pick in (("chosen_ids", max), ("rejected_ids", min)):
+            pairs[name].append([*prompt, *responses[rewards.index(pick(rewards))]])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(case["options"]["classifier"])
+    count = len(case["prompt_ids"])
+    config = RewardConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=count // micro_batch,
+        max_length=None,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=case["dtype"] == "bfloat16",
+        learning_rate=1e-6,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        max_steps=10_000,
+    )
+    trainer = RewardTrainer(model, config, train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
+    examples = [{name: ids[i] for name, ids in pairs.items()} for i in range(count)]
+
+    def work() -> int:
+        model.train()
+        for start in range(0, count, micro_batch):
+            trainer.training_step(model, trainer.data_collator(examples[start : start + micro_batch]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return sum(len(ids) for rows in pairs.values() for ids in rows)
+
+    return work
 
 
 if __name__ == "__main__":

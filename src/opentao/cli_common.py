@@ -1,0 +1,79 @@
+"""What all commands share: expected failures as one line and an exit status, `--json`, set-up of the process."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO, TypeVar
+
+import typer
+
+from opentao.errors import TaoError
+
+Returned = TypeVar("Returned")
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Turn expected failures into one line and the contract's exit status; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Returned:
+        try:
+            with _answer_alone(bool(kwargs.get("as_json"))):
+                return command(*args, **kwargs)
+        except TaoError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped; the same command goes on from here", 1)
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            if error.errno in FULL:
+                _fail(f"disk full{where}; free some space and run it again", 1)
+            if error.errno not in NOT_OURS:
+                raise
+            _fail(f"{error.strerror}{where}", 1)
+
+    return wrapped
+
+
+_answer: ContextVar[TextIO] = ContextVar("answer")  # where `--json` prints its object
+
+
+@contextmanager
+def _answer_alone(as_json: bool) -> Iterator[None]:
+    """With `--json` standard output is the answer's alone: what a scorer or a library prints goes to standard error."""
+    _answer.set(sys.stdout)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+def _fail(message: str, status: int) -> Any:
+    print(f"tao: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def prepare_process() -> None:
+    """For commands that compute. transformers draws bars of its own; ours say more."""
+    from opentao.allocator import use_large_pages
+
+    use_large_pages()
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def emit(value: Any, as_json: bool, text: str | None = None) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=_answer.get())
+    elif text is not None:
+        print(text)
