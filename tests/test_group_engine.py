@@ -157,8 +157,16 @@ def test_greedy_of_other_families(family: str, tiny_model_dir: Path) -> None:
 SYSTEM = "You sort support tickets. Reply with one word: billing, bug, account, delivery, cancellation or sales."
 
 
-def test_a_common_start_of_prompts_is_run_once(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same tokens and log-probs as each prompt alone, one prompt being the start of all others."""
+@pytest.mark.parametrize("apart", [1, 1000])
+def test_a_common_start_of_prompts_is_run_once(
+    engine: GroupEngine, monkeypatch: pytest.MonkeyPatch, apart: int
+) -> None:
+    """Same tokens and log-probs as each prompt alone, one prompt being the start of all others.
+
+    The common start is attended by itself, or copied to each prompt if it is short.
+    """
+    for module in (shared_module, engine_module):
+        monkeypatch.setattr(module, "ROOT_APART", apart)
     prompts = [
         Prompt(messages=({"role": "system", "content": SYSTEM}, {"role": "user", "content": text})) for text in TEXTS
     ]
@@ -684,21 +692,9 @@ def test_draw_is_the_inverse_of_the_distribution_function() -> None:
     assert logprobs[0].exp() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 7, 101, 400, 1009])
-def test_draw_against_one_search_in_the_whole_sum(vocabulary: int) -> None:
-    """Also where no block width divides the vocabulary; a number that lies on a border may go either way."""
-    torch.manual_seed(vocabulary)
-    logits = 3 * torch.randn(200, vocabulary)
-    numbers = torch.rand(200)
-    tokens, logprobs = draw(logits, numbers, SamplingPlan(temperature=0.7))
-    exact = (logits.double() / 0.7).log_softmax(-1)
-    ends = exact.exp().cumsum(-1)
-    near = (ends - numbers[:, None].double()).abs().amin(-1) < 1e-5
-    expected = torch.searchsorted(ends, numbers[:, None].double(), right=True)[:, 0].clamp(max=vocabulary - 1)
-    assert (near | (tokens == expected)).all() and near.float().mean() < 0.5
-    torch.testing.assert_close(logprobs.double(), exact.gather(-1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
-    forced, far = draw(torch.tensor([[0.0, -200.0]]), torch.tensor([0.5]), SamplingPlan(), torch.tensor([1]))
-    assert (forced.tolist(), far.tolist()) == ([1], [-200.0])
+def test_a_forced_token_has_its_log_prob_however_improbable() -> None:
+    tokens, logprobs = draw(torch.tensor([[0.0, -200.0]]), torch.tensor([0.5]), SamplingPlan(), torch.tensor([1]))
+    assert (tokens.tolist(), logprobs.tolist()) == ([1], [-200.0])
 
 
 def test_a_token_without_mass_is_never_drawn() -> None:

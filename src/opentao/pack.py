@@ -79,13 +79,16 @@ def hidden_states(model: Any, row: Row, attention: str | None = None) -> Tensor:
 
 def decoder_of(model: Any) -> Any:
     """The stack below the head, with any adapter still in place."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal_lm.base_model
+    return _causal_lm(model).base_model
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the scaling or capping that some families put after the head."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = _causal_lm(model)
     logits: Tensor = causal_lm.get_output_embeddings()(hidden)
     config = causal_lm.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
@@ -99,24 +102,70 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
 
 def _chunk_logprobs(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = head_logits(model, hidden).to(dtype) / temperature
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    logits = head_logits(model, hidden).to(dtype)
+    if temperature != 1.0:
+        logits = logits / temperature
+    logprobs: Tensor = _Logprobs.apply(logits, targets)
+    return logprobs
+
+
+class _Logprobs(torch.autograd.Function):
+    """log softmax of logits [T, V] at targets [T]; keeps the probabilities, and makes one [T, V] backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        probs = logits.softmax(-1)
+        ctx.save_for_backward(probs, targets)
+        # The sum of exp(logit − peak) is one over the largest probability.
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.amax(-1) + probs.amax(-1).log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """dlogits = grad·(onehot − probs)"""
+        probs, targets = ctx.saved_tensors
+        out = probs * -grads[0][:, None]
+        return out.scatter_add_(-1, targets[:, None], grads[0][:, None]), None
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """`_chunk_logprobs` under a head that is not trained, its gradient made at once.
+
+    A token's log-prob depends on its own hidden state alone, so dlogprob_t/dhidden_t is one vector a token: what is
+    kept is [T, hidden] instead of [T, V], and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, model: Any, targets: Tensor, temperature: float) -> Tensor:
+        with torch.enable_grad():
+            inputs = hidden.detach().requires_grad_()
+            logprobs = _chunk_logprobs(model, inputs, targets, temperature)
+            [slope] = torch.autograd.grad(logprobs.sum(), inputs)
+        ctx.save_for_backward(slope)
+        return logprobs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        [slope] = ctx.saved_tensors
+        return slope * grads[0][:, None].to(slope.dtype), None, None, None
 
 
 def row_logprobs(model: Any, row: Row, temperature: float = 1.0, chunk: int = CHUNK_TOKENS) -> list[Tensor]:
     """Log-probs in nats of every response token of a row, one tensor [R] per entry of `row.owners`.
 
-    With gradients on and more than one chunk, chunks are recomputed in the backward pass, so only one chunk of
-    logits is ever alive.
+    Only one chunk of logits is ever alive. If the head is trained and there are more chunks than one, they are
+    recomputed in the backward pass.
     """
     hidden = hidden_states(model, row)
     device = hidden.device
     wanted = hidden[torch.tensor(row.sources, device=device, dtype=torch.long)]
     targets = torch.tensor(row.targets, device=device, dtype=torch.long)
-    recompute = torch.is_grad_enabled() and len(targets) > chunk
+    with_gradient = torch.is_grad_enabled() and wanted.requires_grad
+    frozen = not any(p.requires_grad for p in _causal_lm(model).get_output_embeddings().parameters())
     pieces = []
     for h, t in zip(wanted.split(chunk), targets.split(chunk), strict=True):
-        if recompute:
+        if with_gradient and frozen:
+            pieces.append(_HeadLogprobs.apply(h, model, t, temperature))
+        elif with_gradient and len(targets) > chunk:
             pieces.append(checkpoint(_chunk_logprobs, model, h, t, temperature, use_reentrant=False))
         else:
             pieces.append(_chunk_logprobs(model, h, t, temperature))

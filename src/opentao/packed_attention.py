@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
+from opentao import long_prompt
 from opentao.errors import ModelError
 from opentao.rows import PREFIX, Row
 
 SMALL_SCORES = 4_000_000  # entries
+LONG_PROMPT = 256  # tokens from which responses look at their prompt apart
 
 
 def row_layout(row: Row, device: torch.device) -> RowLayout:
@@ -178,26 +180,30 @@ def _attend_segment(
     q, *context = blocks[0]
     if prefix:
         context = [torch.cat([c.expand(len(q), -1, -1, -1), x], 2) for c, x in zip(prefix, context, strict=True)]
-    yield _attend(q, context[0], context[1], layout.prompt_mask, scaling)
+    yield _attend(q, context[0], context[1], layout.prompt_mask, scaling, causal=not prefix)
     if len(blocks) == 1:
         return
     q, *own = blocks[1]
+    if len(context[0]) == 1 and context[0].shape[2] >= LONG_PROMPT and long_prompt.works(q, own[1]):
+        q, keys, own_keys = (x.to(own[1].dtype) for x in (q, context[0], own[0]))
+        yield long_prompt.attend_responses(q, keys, context[1], own_keys, own[1], scaling)
+        return
     keys, values = (torch.cat([c.index_select(0, layout.group_N), x], 2) for c, x in zip(context, own, strict=True))
     yield _attend(q, keys, values, layout.mask, scaling)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """q [B, H, Q, D], k and v [B, Hk, K, D], mask [B or 1, 1, Q, K] -> [B, H, Q, Dv].
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, *, causal: bool = False) -> Tensor:
+    """q [B, H, Q, D], k and v [B, Hk, K, D], mask [B or 1, 1, Q, K] -> [B, H, Q, Dv]; `causal`: as the mask says.
 
     Small score matrices on a CPU are made outright: fused attention's backward is slow there.
     """
     B, H, Q, D = q.shape
     Hk, K = k.shape[1:3]
+    q, k = q.to(v.dtype), k.to(v.dtype)  # normed queries and keys leave autocast's dtype
     if q.device.type != "cpu" or B * H * Q * K > SMALL_SCORES:
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=Hk != H
+            q, k, v, attn_mask=None if causal else mask, is_causal=causal, scale=scaling, enable_gqa=Hk != H
         )
-    q, k = q.to(v.dtype), k.to(v.dtype)  # normed queries and keys leave autocast's dtype
     grouped = (q * scaling).reshape(B, Hk, H // Hk * Q, D)
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     with torch.autocast("cpu", enabled=False):  # which would turn the softmax and its gradient to fp32 and back

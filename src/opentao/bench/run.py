@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
             )
         self.about = self._answer()
+        self._forget_peak()
 
     def go(self) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -100,6 +101,12 @@ class Worker:
     def peak_bytes(self) -> int:
         """Sum over its processes of the most memory each has held; 0 where the system does not tell."""
         return sum(_peak(pid) for pid in _tree(self.process.pid))
+
+    def _forget_peak(self) -> None:
+        """What the warm-up tried on the way to its choice does not count."""
+        for pid in _tree(self.process.pid):
+            with suppress(OSError):
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def close(self) -> None:
         if self.process.stdin is not None and not self.process.stdin.closed:
