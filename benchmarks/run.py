@@ -42,10 +42,11 @@ class Comparison:
     peers: tuple[str, ...]
     dtype: str = "float32"
     bars: dict[str, float] = field(default_factory=dict)  # peer: how many times faster we should be
+    options: dict[str, Any] = field(default_factory=dict)  # of the peer
 
     def run(self) -> dict[str, Any]:
         sizes = {"prompts": self.prompts, "prompt_tokens": self.prompt_tokens, "group_size": 8, "new_tokens": 64}
-        settings = {"dtype": self.dtype, "lora": True, "repeats": REPEATS}
+        settings = {"dtype": self.dtype, "lora": True, "repeats": REPEATS, "options": dict(self.options)}
         return run_bench(self.kind, sizes, DEFAULT_MODEL, self.peers, (), settings)
 
 
@@ -80,8 +81,13 @@ COMPARISONS = {
         kind="score", prompts=2, prompt_tokens=LONG, peers=("transformers",), bars={"transformers": 5}
     ),
     "reward-train-long": Comparison(kind="reward-train", prompts=4, prompt_tokens=LONG, peers=("trl",)),
-    "round-short": Comparison(kind="round", prompts=4, prompt_tokens=SHORT, peers=("trl",), bars={"trl": 3}),
-    "round-long": Comparison(kind="round", prompts=1, prompt_tokens=LONG, peers=("trl",), bars={"trl": 8}),
+    # The micro-batch that TRL chose in the train comparisons: trying both again would take as long as the rest.
+    "round-short": Comparison(
+        kind="round", prompts=4, prompt_tokens=SHORT, peers=("trl",), bars={"trl": 3}, options={"micro_batch": 4}
+    ),
+    "round-long": Comparison(
+        kind="round", prompts=1, prompt_tokens=LONG, peers=("trl",), bars={"trl": 8}, options={"micro_batch": 4}
+    ),
 }
 
 
@@ -118,7 +124,7 @@ class Growth:
             seconds: list[list[float]] = [[], []]
             for _ in range(self.repeats):
                 for worker, times in zip(workers, seconds, strict=True):
-                    times.append(worker.go()["seconds"])
+                    times.append(worker.turn()["seconds"])
             peaks = [worker.peak_bytes for worker in workers]
         small, large = peaks if self.measure == "memory" else map(statistics.median, seconds)
         return {"kind": "growth", "what": self.what, "seconds": seconds, "peak_bytes": peaks, "ratio": large / small}

@@ -79,10 +79,20 @@ def test_our_side_of_every_kind(tiny_model_dir: Path, kind: Any) -> None:
 
 def test_they_take_turns(tiny_model_dir: Path, here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
-    real = Worker.go
-    monkeypatch.setattr(Worker, "go", lambda self: turns.append(self.label) or real(self))
+    real = Worker.turn
+    monkeypatch.setattr(Worker, "turn", lambda self: turns.append(self.label) or real(self))
     run_bench("generate", SIZES, str(tiny_model_dir), ["transformers"], [f"transformers={here}"], dict(SETTINGS))
     assert turns == ["opentao", "transformers"] * 3
+
+
+def test_a_short_run_is_done_twice_and_the_second_counts(tmp_path: Path) -> None:
+    code = (
+        "import sys\nprint('{\"ready\": true}', flush=True)\n"
+        "for s in (5, 7, 30, 50): sys.stdin.readline(); print('{\"seconds\": %d}' % s, flush=True)"
+    )
+    worker = Worker([sys.executable, "-c", code], tmp_path, "peer")
+    assert [worker.turn()["seconds"] for _ in range(3)] == [7, 30, 50]
+    worker.close()
 
 
 def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:

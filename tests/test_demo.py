@@ -22,9 +22,10 @@ from opentao.demo import (
     tickets,
     write_tickets,
 )
-from opentao.prompts import read_prompts, split
+from opentao.prompts import read_prompts
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
+from opentao.split import split
 from opentao.types import Group, Prompt, Response
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from opentao import policy as policy_module
+from opentao.config import TrainConfig
 from opentao.engines.group import GroupEngine
-from opentao.engines.precision import Int8Linear, PackedLinear, load_sampler, packing_works
-from opentao.policy import Policy, load_policy
+from opentao.engines.precision import Int8Linear, load_sampler
+from opentao.pack import row_logprobs, rows_for
+from opentao.packed_linear import FrozenLinear, PackedLinear, packing_works
+from opentao.policy import Policy, load_for_training, load_policy
+from opentao.rows import Sequences
 from opentao.types import Prompt, SamplingPlan
 
 
@@ -56,6 +61,46 @@ def test_packed_weights_multiply_alike(rows: int) -> None:
     x = torch.randn(rows, 2, 64)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not packing_works(), reason="this build of torch does not pack weights")
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_pass_through_frozen_weights(bias: bool) -> None:
+    linear = layer(64, 40, bias=bias, seed=1)
+    x, y = (torch.linspace(-1, 1, 9 * 64).view(1, 9, 64).requires_grad_() for _ in range(2))
+    weight = torch.linspace(0, 1, 9 * 40).view(1, 9, 40)
+    (FrozenLinear(linear)(x) * weight).sum().backward()
+    (linear(y) * weight).sum().backward()
+    assert x.grad is not None and y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not packing_works(), reason="this build of torch does not pack weights")
+def test_an_adapter_on_packed_weights_learns_and_is_saved_alike(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same log-probs and gradients of the adapter as on ordinary weights; head included."""
+    found = {}
+    for packed in (True, False):
+        monkeypatch.setattr(policy_module, "native_bf16", lambda device: False)
+        monkeypatch.setattr(policy_module, "packs", lambda model, packed=packed: packed)
+        config = TrainConfig(method="lora", lora={"rank": 4})
+        loaded = load_for_training(Policy.of_base(str(tiny_model_dir)), config, seed=3)
+        assert packed == any(isinstance(m, FrozenLinear) for m in loaded.model.modules())
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would make every gradient of A zero
+                torch.nn.init.constant_(parameter, 0.01)
+        [row] = rows_for(loaded.model, [Sequences(prompt_P=(5, 6, 7), responses_NR=((8, 9), (10,)))], 64)
+        logprobs = torch.cat(row_logprobs(loaded.model, row))
+        logprobs.sum().backward()
+        grads = {n: p.grad for n, p in loaded.model.named_parameters() if p.requires_grad}
+        loaded.save(tmp_path / str(packed))
+        found[packed] = (logprobs, grads, (tmp_path / str(packed) / "adapter_model.safetensors").read_bytes())
+    torch.testing.assert_close(found[True][0], found[False][0], atol=1e-5, rtol=1e-5)
+    assert found[True][1].keys() == found[False][1].keys() and len(found[True][1]) > 4
+    for name, grad in found[True][1].items():
+        torch.testing.assert_close(grad, found[False][1][name], atol=1e-5, rtol=1e-4)
+    assert found[True][2] == found[False][2]
 
 
 def test_a_round_may_be_sampled_in_another_precision(tiny_model_dir: Path) -> None:

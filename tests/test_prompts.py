@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from opentao.config import PromptsConfig
 from opentao.errors import DataError
-from opentao.prompts import Reading, SetAside, near_duplicates, read_prompts, split
+from opentao.prompts import Reading, SetAside, read_prompts
+from opentao.split import near_duplicates, split
 from opentao.store import prompts_to_table, table_to_prompts
 from opentao.types import Prompt
 

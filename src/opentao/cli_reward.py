@@ -61,7 +61,7 @@ def reward_eval(
     found = read_preferences(pairs)
     prepare_process()
     with Progress() as progress:
-        facts = accuracy(RewardModel.load(model), found.rankings, progress)
+        facts = accuracy(RewardModel.load(model).for_scoring(), found.rankings, progress)
     a, b = facts["accuracy"], facts["longer_wins"]
     span = f"{a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs"
     text = f"accuracy {a['mean']:.3f} ({span}); the longer answer wins {b['mean']:.3f}"

@@ -30,12 +30,12 @@ from opentao.optimise import NO_CHECKPOINT, num_steps
 from opentao.policy import Policy
 from opentao.preferences import Ranking, read_preferences, write_preferences
 from opentao.progress import Progress
-from opentao.prompts import split
 from opentao.report import write_report
 from opentao.reward_model import RewardModel, RewardTraining, train_reward_model
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.session import Session, open_session
+from opentao.split import split
 from opentao.store import Run, table_to_groups, table_to_prompts
 from opentao.types import Group, Prompt, content_hash
 

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opentao.config import TrainConfig
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_tokenizer, resolve_model
+from opentao.packed_linear import FrozenLinear, packs, replace_linear
 from opentao.store import file_hash
 from opentao.types import Message, content_hash
 
@@ -133,6 +134,8 @@ def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedP
         recompute_activations(loaded.model)
     if not config.train_embeddings:
         loaded.model.get_input_embeddings().requires_grad_(False)
+    if config.method == "lora" and packs(loaded.model) and not native_bf16(loaded.device):
+        replace_linear(loaded.model, FrozenLinear, lambda linear: not linear.weight.requires_grad)
     return loaded
 
 

@@ -1,13 +1,9 @@
-"""Prompts in: read files and request logs, and hold some prompts out so that no near-copy of them is trained on.
+"""Prompts in: read files and request logs.
 
 `read_prompts` says what it understood, and sets aside what it cannot read with line and reason: rows read =
-prompts + rows set aside, always. `split` is a function of the prompts' contents: the order of the file, the machine
-and the random state do not matter.
+prompts + rows set aside, always.
 
-Left out: near-duplicates by embedding (needs a model, and the word test catches the copies and templates that leak
-in practice), approximate MinHash (the exact join is fast enough), compressed and multi-file inputs.
-
-Shown by ``pytest tests/test_prompts.py``.
+Left out: compressed and multi-file inputs. Shown by ``pytest tests/test_prompts.py``.
 """
 
 from __future__ import annotations
@@ -15,21 +11,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from opentao.config import PromptsConfig
 from opentao.errors import DataError
-from opentao.types import Message, Prompt, content_hash
+from opentao.types import Message, Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
 EXPECTED = "JSONL (.jsonl, .ndjson, .json), Parquet (.parquet) or CSV (.csv) with `prompt` (text) or `messages` (chat)"
@@ -58,14 +50,6 @@ class Reading:
     set_aside: list[SetAside]
     understood: str  # one sentence for people: "480 rows of JSONL, prompts from key `prompt`; ..."
     num_rows: int  # blank lines are not rows
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Split:
-    """Prompts to train on and prompts never trained on, each in the order of their ids."""
-
-    train: list[Prompt]
-    heldout: list[Prompt]
 
 
 class _BadRow(ValueError):
@@ -104,7 +88,7 @@ def read_prompts(path: Path) -> Reading:
     if not prompts:
         first = f"{noun} {set_aside[0].line}: {set_aside[0].reason}" if set_aside else "there are no rows"
         raise DataError(f"{path}: no prompt in {len(rows)} rows; first problem: {first}; expected {EXPECTED}")
-    understood = _understood(f"{_count(len(rows), 'row')} of {kind}", sources, list(prompts.values()), len(set_aside))
+    understood = _understood(f"{counted(len(rows), 'row')} of {kind}", sources, list(prompts.values()), len(set_aside))
     return Reading(prompts=list(prompts.values()), set_aside=set_aside, understood=understood, num_rows=len(rows))
 
 
@@ -119,17 +103,17 @@ def _understood(what: str, sources: Counter[str], prompts: Sequence[Prompt], num
     clauses = [f"{what}, prompts from {'keys' if len(shares) > 1 else 'key'} {', '.join(shares)}"]
     num_logged = sum(LOGGED in p.meta for p in prompts)
     if num_logged:
-        clauses.append(f"the assistant's last turn kept in meta as {LOGGED} ({_count(num_logged, 'prompt')})")
+        clauses.append(f"the assistant's last turn kept in meta as {LOGGED} ({counted(num_logged, 'prompt')})")
     keys = list(dict.fromkeys(key for p in prompts for key in p.meta if key != LOGGED))
     if keys:
         more = f" and {len(keys) - MOST_KEYS_NAMED} more" if len(keys) > MOST_KEYS_NAMED else ""
         clauses.append(f"other keys kept in meta: {', '.join(keys[:MOST_KEYS_NAMED])}{more}")
     if num_set_aside:
-        clauses.append(f"{_count(num_set_aside, 'row')} set aside")
+        clauses.append(f"{counted(num_set_aside, 'row')} set aside")
     return "; ".join(clauses)
 
 
-def _count(num: int, noun: str) -> str:
+def counted(num: int, noun: str) -> str:
     return f"{num} {noun}{'' if num == 1 else 's'}"
 
 
@@ -197,7 +181,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 def _cells(header: list[str], cells: list[str]) -> object:
     if len(cells) != len(header):
-        return _BadRow(f"{_count(len(cells), 'cell')} for {_count(len(header), 'column')}")
+        return _BadRow(f"{counted(len(cells), 'cell')} for {counted(len(header), 'column')}")
     return {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
 
@@ -363,134 +347,3 @@ def _check_unicode(prompt: Prompt) -> None:
         json.dumps([prompt.messages, prompt.tools, prompt.meta], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise _BadRow("not valid Unicode: the file must be UTF-8, without lone surrogates") from None
-
-
-# Held-out prompts
-
-
-def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
-    """Hold out about `heldout_fraction` of the clusters of near-duplicates, whole, by hash.
-
-    A cluster's place in [0, 1) is the hash of the smallest id in it; places below `heldout_fraction` are held out, and
-    at least one cluster goes to each side. (The smallest id itself would be a biased place: the more prompts in a
-    cluster, the lower it is, and the held-out side would be full of large clusters.) Then the caps keep the first
-    prompts of each side by id; a held-out prompt over the cap is not used at all.
-
-    Raises:
-        DataError: fewer than two clusters.
-    """
-    clusters = sorted(near_duplicates(prompts, config.near_duplicate), key=_place)
-    if len(clusters) < 2:
-        raise DataError(
-            f"{config.path}: {_count(len(prompts), 'prompt')} in {_count(len(clusters), 'cluster')} of near-duplicates;"
-            " expected at least 2, one to train on and one to hold out (prompts.near_duplicate sets what counts as one)"
-        )
-    num_below = sum(_place(cluster) < config.heldout_fraction for cluster in clusters)
-    cut = min(max(num_below, 1), len(clusters) - 1)
-    heldout, train = (_by_id(side) for side in (clusters[:cut], clusters[cut:]))
-    return Split(train=train[: config.max_train], heldout=heldout[: config.max_heldout])
-
-
-def _place(cluster: Sequence[Prompt]) -> float:
-    return int(content_hash("split", min(p.id for p in cluster)), 16) / 16**16
-
-
-def _by_id(clusters: Sequence[Sequence[Prompt]]) -> list[Prompt]:
-    return sorted((prompt for cluster in clusters for prompt in cluster), key=lambda p: p.id)
-
-
-def near_duplicates(prompts: Sequence[Prompt], threshold: float) -> list[list[Prompt]]:
-    """Clusters of prompts, joined wherever two have a Jaccard similarity >= `threshold`. Exact, in any order.
-
-        J(a, b) = |a and b| / |a or b|  over the sets of 3-word shingles of the users' turns
-
-    Prefix filter: order shingles from rare to common; two sets with J >= t share at least ceil(t·max size) shingles, so
-    they share one of the first size - ceil(t·size) + 1 of each. Only such pairs are compared. The system turn is left
-    out, because all prompts of an application have the same one.
-
-    Source: Bayardo, Ma & Srikant 2007, "Scaling up all pairs similarity search", section 4.
-    """
-    members: dict[bytes, list[int]] = defaultdict(list)  # equal sets are one item
-    sets = _ranked_shingles([_user_text(p) for p in prompts])
-    for index, shingles in enumerate(sets):
-        members[shingles.tobytes()].append(index)
-    ordered = sorted(members.values(), key=lambda same: len(sets[same[0]]))
-    parents = _join([sets[same[0]] for same in ordered], threshold)
-    clusters: dict[int, list[Prompt]] = defaultdict(list)
-    for item, same in enumerate(ordered):
-        clusters[_root(parents, item)] += [prompts[index] for index in same]
-    return list(clusters.values())
-
-
-def _user_text(prompt: Prompt) -> str:
-    return "\n".join(str(m["content"]) for m in prompt.messages if m["role"] == "user")
-
-
-def _ranked_shingles(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Each text's shingles as sorted numbers, 0 = the rarest of all."""
-    if not texts:
-        return []
-    vocabulary: dict[str, int] = {}
-    sets = [_shingles(text, vocabulary) for text in texts]
-    _, inverse, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
-    ranks = np.empty(len(counts), dtype=np.int64)
-    ranks[np.argsort(counts, kind="stable")] = np.arange(len(counts))
-    return [np.sort(part) for part in np.split(ranks[inverse], np.cumsum([len(s) for s in sets])[:-1])]
-
-
-def _shingles(text: str, vocabulary: dict[str, int]) -> NDArray[np.int64]:
-    """Distinct runs of 3 words, or the words of a shorter text, as numbers. No words (say "??"): the text is the word.
-
-    Three word numbers of 21 bits make one of 63: exact up to 2 million different words, practically so beyond.
-    """
-    words = re.findall(r"\w+", text.lower()) or [text.strip()]
-    ids = np.array([vocabulary.setdefault(word, len(vocabulary)) for word in words], dtype=np.int64)
-    if len(ids) < 3:
-        return np.unique(-1 - ids)
-    return np.unique((ids[:-2] << 42) + (ids[1:-1] << 21) + ids[2:])
-
-
-def _join(sets: Sequence[NDArray[np.int64]], threshold: float) -> list[int]:
-    """Union-find parents of sets that are ordered by size and differ.
-
-    A smaller set is looked up under a shorter prefix: its partner is at least as large, so they must share
-    ceil(2t/(1+t)·size). Candidates are kept by cluster: thousands of copies of a template are passed over in one step.
-    """
-    parents = list(range(len(sets)))
-    shared = np.bincount(np.concatenate(sets)) > 1 if sets else np.array([])  # a shingle of one set finds nobody
-    seen: dict[int, dict[int, set[int]]] = defaultdict(dict)  # shingle -> cluster -> smaller sets that start with it
-    for item, shingles in enumerate(sets):
-        own, tried = set(shingles.tolist()), set[int]()
-        for shingle in _prefix(shingles, threshold, shared):
-            for cluster, others in seen[shingle].items():
-                if _root(parents, cluster) == _root(parents, item):
-                    continue
-                if any(other not in tried and _alike(own, sets[other], threshold) for other in others):
-                    parents[_root(parents, item)] = _root(parents, cluster)
-                else:
-                    tried |= others
-        for shingle in _prefix(shingles, 2 * threshold / (1 + threshold), shared):
-            seen[shingle].setdefault(_root(parents, item), set()).add(item)
-    return parents
-
-
-def _prefix(shingles: NDArray[np.int64], share: float, shared: NDArray[np.bool_]) -> list[int]:
-    """The rarest shingles, one of which any set with this share of them must have; without those nobody else has."""
-    least = math.ceil(share * len(shingles) - 1e-9)  # 0.55 * 100 is a little over 55
-    prefix = shingles[: len(shingles) - least + 1]
-    own: list[int] = prefix[shared[prefix]].tolist()
-    return own
-
-
-def _alike(own: set[int], other: NDArray[np.int64], threshold: float) -> bool:
-    """Jaccard >= threshold; `other` is not the larger one."""
-    if len(other) < threshold * len(own) - 1e-9:  # J <= smaller size / larger size
-        return False
-    common = len(own.intersection(other.tolist()))
-    return common / (len(own) + len(other) - common) >= threshold
-
-
-def _root(parents: list[int], item: int) -> int:
-    while parents[item] != item:
-        parents[item] = item = parents[parents[item]]  # halve the path on the way
-    return item

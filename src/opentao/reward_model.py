@@ -30,7 +30,8 @@ from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, Metrics, autocast, batches, num_steps, optimise
 from opentao.pack import hidden_states, rows_for
-from opentao.policy import default_device
+from opentao.packed_linear import PackedLinear, packs, replace_linear
+from opentao.policy import default_device, native_bf16
 from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.rows import Row, Sequences, common_prefix, plain_rows, whole_groups
@@ -93,6 +94,12 @@ class RewardModel:
         model.config.pad_token_id = tokenizer.pad_token_id
         tokenizer.chat_template = guided_template(tokenizer)
         return cls(model.to(default_device()).eval(), tokenizer)
+
+    def for_scoring(self) -> RewardModel:
+        """The same with weights packed where that multiplies faster; it cannot be trained or saved any more."""
+        if self.reads_last_token and packs(self.model) and not native_bf16(default_device()):
+            replace_linear(self.model, PackedLinear)
+        return self
 
     def save(self, path: Path) -> None:
         self.model.save_pretrained(path)

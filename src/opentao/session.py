@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from opentao.config import Config, ScorerConfig, dump_config
 from opentao.errors import StoreError
 from opentao.progress import Progress
-from opentao.prompts import read_prompts, split
+from opentao.prompts import read_prompts
 from opentao.scorers.registry import build_scorer
+from opentao.split import split
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
 

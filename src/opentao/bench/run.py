@@ -35,6 +35,7 @@ DOES = {
     "llama.cpp": {"generate"},
 }
 ENVIRONMENTS = Path("benchmarks/envs")
+AGAIN_S = 20  # a shorter run is done again at once, and the second counts
 SHOWN = 400  # characters of a dead worker's last words
 
 
@@ -82,6 +83,11 @@ class Worker:
         except BrokenPipeError:
             raise BenchError(f"{self.label}: died: {self._last_words()}") from None
         return self._answer()
+
+    def turn(self) -> dict[str, Any]:
+        """One run that counts. Memory that a virtual machine took back while others worked is slow at first."""
+        answer = self.go()
+        return self.go() if answer["seconds"] < AGAIN_S else answer
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -177,7 +183,7 @@ def bench(case: Case, peers: Sequence[str], environments: dict[str, Path], repea
         timings = [Timing(**{k: w.about[k] for k in ("name", "version", "config")}) for w in workers]
         for _ in range(repeats):
             for worker, timing in zip(workers, timings, strict=True):
-                answer = worker.go()
+                answer = worker.turn()
                 timing.seconds.append(answer["seconds"])
                 timing.tokens, timing.peak_bytes = answer["tokens"], worker.peak_bytes
     sizes = {

@@ -168,7 +168,7 @@ def score(case: dict[str, Any]) -> Callable[[], int]:
     """Scores of N responses a prompt by a sequence classifier."""
     from opentao.reward_model import RewardModel
 
-    reward_model = RewardModel.load(case["options"]["classifier"])
+    reward_model = RewardModel.load(case["options"]["classifier"]).for_scoring()
     groups = _sequences(case)
 
     def work() -> int:

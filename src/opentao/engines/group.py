@@ -20,8 +20,9 @@ from jinja2 import TemplateError
 from opentao.engines.batch import Block, ContinuousBatch, Decoder, Stream
 from opentao.engines.memory import cache_token_bytes, free_bytes
 from opentao.engines.plain import PlainDecoder
+from opentao.engines.pool import pool_width
 from opentao.engines.precision import load_sampler
-from opentao.engines.shared import ROOT_APART, SharedDecoder, pool_width
+from opentao.engines.shared import ROOT_APART, SharedDecoder
 from opentao.pack import shares_prompt
 from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt
 from opentao.rows import MIN_PREFIX, common_prefix

@@ -1,7 +1,6 @@
 """The sampler's weights: in which precision, and laid out so that they multiply fast.
 
-On a CPU fp32 weights of linear layers are put into oneDNN's own layout once, where that works: products of the built-in
-model's shapes run at 207 to 226 GFLOP/s instead of 124 to 197. For bf16 it makes no difference (dev/LOG.md).
+On a CPU fp32 weights are packed (`packed_linear`).
 
 `int8` is for sampling only: weights are rounded a row, activations a token (symmetric, absmax), products are exact
 integers. How far such a sampler is from the policy is measured on its own samples (`train.sampler_mismatch`).
@@ -9,17 +8,14 @@ integers. How far such a sampler is from the policy is measured on its own sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
+from opentao.packed_linear import PackedLinear, packs, replace_linear
 from opentao.policy import LoadedPolicy, Policy, default_device, default_dtype, load_policy
 from opentao.types import RolloutDtype
 
 LEVELS = 127
-EXPECTED_ROWS = 128  # for which oneDNN chooses its layout; others work
 
 
 class Int8Linear(nn.Module):
@@ -43,32 +39,6 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight [out, in] lies in oneDNN's layout."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), EXPECTED_ROWS)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-@cache
-def packing_works() -> bool:
-    """True if this build of torch packs fp32 weights and multiplies right with them."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    linear = nn.Linear(64, 48)
-    x = torch.linspace(-1, 1, 5 * 64).view(5, 64)
-    try:
-        with torch.inference_mode():
-            return torch.allclose(PackedLinear(linear)(x), linear(x), atol=1e-5)
-    except (RuntimeError, AttributeError):  # the operation is not there
-        return False
-
-
 def load_sampler(policy: Policy, dtype: RolloutDtype) -> LoadedPolicy:
     """A policy's weights in the precision that sampling asks for."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,14 +46,6 @@ def load_sampler(policy: Policy, dtype: RolloutDtype) -> LoadedPolicy:
     model = loaded.model
     if dtype == "int8":
         replace_linear(model, Int8Linear)
-    elif loaded.device.type == "cpu" and model.dtype == torch.float32 and packing_works():
+    elif packs(model):
         replace_linear(model, PackedLinear)
     return loaded
-
-
-def replace_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put `make(linear)` in the place of every linear layer, the head too; an embedding tied to it stays."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, make(child))

@@ -33,7 +33,7 @@ class RewardModelScorer:
     def score_many(self, groups: Sequence[Group]) -> list[list[float]]:
         """Several groups share a packed row, and what all their prompts start with is computed once."""
         if self._loaded is None:
-            self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code)
+            self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code).for_scoring()
         encoded = [self._loaded.encode(g.prompt.messages, [r.text for r in g.responses]) for g in groups]
         return [[self._value(s) for s in scores] for _, scores in self._loaded.score(encoded, self.row_tokens)]
 

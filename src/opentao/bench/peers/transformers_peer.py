@@ -99,8 +99,8 @@ def score(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
             model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
         return limit * case["new_tokens"]
 
-    sizes = sorted({1, 4, case["group_size"], 2 * case["group_size"]})
-    some = min(len(rows), 2 * case["group_size"])
+    sizes = sorted({1, 4, case["group_size"]})
+    some = min(len(rows), case["group_size"])
     best = fastest({str(n): lambda n=n: run(n, some) for n in sizes})
     return lambda: run(int(best), len(rows)), f"{case['dtype']}, batches of {best}"
 
