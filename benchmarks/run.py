@@ -76,7 +76,9 @@ COMPARISONS = {
         kind="generate", prompts=4, prompt_tokens=LONG, peers=("llama.cpp",), dtype="int8", bars={"llama.cpp": 1}
     ),
     "train-short": Comparison(kind="train", prompts=4, prompt_tokens=SHORT, peers=("trl",), bars={"trl": 2}),
-    "train-long": Comparison(kind="train", prompts=1, prompt_tokens=LONG, peers=("trl",), bars={"trl": 8}),
+    "train-long": Comparison(  # with micro-batches of 8 TRL was slower or killed: 22 GB
+        kind="train", prompts=1, prompt_tokens=LONG, peers=("trl",), bars={"trl": 8}, options={"micro_batch": 4}
+    ),
     "score-long": Comparison(
         kind="score", prompts=2, prompt_tokens=LONG, peers=("transformers",), bars={"transformers": 5}
     ),
