@@ -1,6 +1,6 @@
 """Measure every comparison and write RESULTS.md: python benchmarks/run.py [NAME ...]
 
-Without names all of it, about an hour on two cores; with names those alone, the others keep their figures of before. A
+Without names all of it, about two hours on two cores; with names those alone, the others keep their figures of before. A
 comparison is one `tao bench` command, whose systems take turns in one run. What a comparison gives is kept in
 results.json as soon as it is there, so that a run that is stopped loses one comparison at most.
 """
@@ -62,6 +62,13 @@ COMPARISONS = {
     "generate-long": Comparison(
         kind="generate",
         prompts=4,
+        prompt_tokens=LONG,
+        peers=ALL,
+        bars={"transformers": 8, "vllm": 2, "llama.cpp": 1},
+    ),
+    "generate-long-16": Comparison(
+        kind="generate",
+        prompts=16,
         prompt_tokens=LONG,
         peers=ALL,
         bars={"transformers": 8, "vllm": 2, "llama.cpp": 1},
@@ -161,7 +168,7 @@ def bars(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]
         what = f"generate, {growth.what}: {growth.measure}"
         return [(what, result["ratio"], f"at most {growth.bound:g}×", result["ratio"] <= growth.bound)]
     comparison = COMPARISONS[name]
-    what = f"{comparison.kind}, {comparison.prompt_tokens}-token prompts, {comparison.dtype}"
+    what = f"{comparison.kind}, {comparison.prompts} × {comparison.prompt_tokens}-token prompts, {comparison.dtype}"
     rows = []
     for peer, least in comparison.bars.items():
         if (times := result["times_faster"].get(peer)) is not None:
