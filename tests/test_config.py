@@ -148,7 +148,9 @@ class TestSet:
 class TestChecksOverSeveralKeys:
     def test_audit_that_is_also_a_scorer(self, config_file: Path) -> None:
         audit = "audit:\n  type: length\n  name: another name\n  args: {max: 20}\n"
-        expected = "tao.yaml:13: audit: must differ from every training scorer, or it judges what it taught"
+        expected = (
+            "tao.yaml:13: audit: must differ from every training scorer, or it judges what it taught; it is length"
+        )
         assert complaint(config_file, GOOD + audit) == expected
         config_file.write_text(GOOD + audit.replace("max: 20", "max: 30"))
         assert load_config(config_file).audit is not None

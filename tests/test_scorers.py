@@ -167,11 +167,11 @@ def test_a_built_in_name_wins_over_an_entry_point(plugin: Path, monkeypatch: pyt
 
 def test_config_errors(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(plugin)
-    message = refused("^scorer jsonschema: unknown type; expected one of: contains, exact", type="jsonschema")
+    message = refused("^scorer jsonschema: unknown type; expected one of: citation, contains, exact", type="jsonschema")
     assert all(name in message for name in BUILT_IN) and "module:object" in message
     refused(r"^scorer q \(type regex\): patern: Unexpected keyword argument; expected args: pattern, full",
             type="regex", name="q", args={"pattern": "a", "patern": "a"})  # fmt: skip
-    refused("No module named 'tao_nothing'; known types: contains", type="tao_nothing:x")
+    refused("No module named 'tao_nothing'; known types: citation", type="tao_nothing:x")
     refused("no attribute 'Quiet'", type="tao_test_plugin:Quiet")
     refused("not of the form module:name", type=":x")
     refused("not of the form module:name", type=".tao_test_plugin:x")

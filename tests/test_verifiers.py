@@ -508,47 +508,118 @@ def test_python(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bad_config("python", {"function": "judge_test_python"}, "not of the form module:name")
 
 
-# --- every verifier, every hostile answer
-
-EVERY: list[tuple[str, dict[str, Any]]] = [
-    ("json_schema", {"schema": TICKET, "partial": True, "fences": True}),
-    ("json_field", {"field": "queue", "key": "label", "schema": TICKET}),
-    ("regex", {"pattern": r"^\s*\S+(\s+\S+)*\s*$"}),
-    ("exact", {"key": "label", "casefold": True}),
-    ("contains", {"key": "label", "casefold": True}),
-    ("length", {"min": 1, "max": 9, "slack": 5}),
-]
-HOSTILE = [
-    "",
-    "\x00",
-    "\ud800",
-    '{"queue": "\\ud800"}',
-    "\u202e{}",
-    "\ufdfa" * 5000,
-    "\u0130" * 5000,
-    "a\u0301" * 5000,
-    "[" * 50_000,
-    '{"queue":' * 50_000,
-    "[" + "{}," * 5000 + "{}]",
-    '{"queue": ' + "9" * 50_000 + "}",
-    '{"queue": -1e999999999}',
-    '{"queue": NaN}',
-    '{"queue": "billing", "queue": 1}',
-    '{"__class__": {"queue": "billing"}}',
-    '{"$ref": "#"}',
-    "```json\n" * 5000,
-    " \t\n" * 20_000,
-    "word " * 20_000,
-]
+# --- majority
 
 
-@pytest.mark.parametrize(("type_", "args"), EVERY, ids=[name for name, _ in EVERY])
-def test_hostile_answers_score_low_or_not_at_all(type_: str, args: dict[str, Any]) -> None:
-    start = time.monotonic()
-    found = scores(type_, args, group_of(*HOSTILE, label="billing"))
-    assert time.monotonic() - start < 10
-    assert all(s.error is None or s.error.startswith("timeout: ") for s in found)
-    if type_ in ("json_field", "exact"):
-        assert {s.value for s in found} == {0.0}
-    if type_ == "json_schema":
-        assert max(s.value for s in found) <= 0.4
+def test_majority_counts_votes() -> None:
+    texts = ("The answer is 4.", "so: answer is  4 .", "the ANSWER IS 5.", "no idea")
+    args = {"pattern": r"(?i)answer is\s+(\S+?)\s*\."}
+    assert [s.value for s in scores("majority", args, group_of(*texts))] == [1.0, 1.0, 0.0, 0.0]
+    shares = scores("majority", args | {"as_share": True}, group_of(*texts))
+    assert [s.value for s in shares] == [pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0]
+
+
+def test_majority_takes_the_last_match_and_all_winners_of_a_tie() -> None:
+    args = {"pattern": r"\d+"}
+    assert [s.value for s in scores("majority", args, group_of("1 then 2", "2", "3", "3", "x"))] == [1, 1, 1, 1, 0]
+
+
+def test_majority_of_a_json_field() -> None:
+    texts = ('{"queue": "Billing"}', '```json\n{"queue": "billing "}\n```', '{"queue": ["billing"]}', "billing")
+    assert [s.value for s in scores("majority", {"field": "queue"}, group_of(*texts))] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_majority_without_one_is_unscored() -> None:
+    for texts in (("1", "2", "3"), ("x", "y", "1"), ("", "", "")):
+        found = scores("majority", {"pattern": r"\d+"}, group_of(*texts))
+        assert {(s.error or "").partition(":")[0] for s in found} == {"no_majority"}
+    assert [s.value for s in scores("majority", {"least": 1}, group_of("a", " A", "b"))] == [1.0, 1.0, 0.0]
+
+
+def test_majority_in_time_and_bad_args() -> None:
+    found = scores("majority", {"pattern": r"(a|aa)+$"}, group_of("a" * 60 + "!", "aa", "aa"))
+    assert [s.value for s in found[1:]] == [1.0, 1.0]
+    assert found[0].value == 0.0 or (found[0].error or "").startswith("timeout")
+    bad_config("majority", {"pattern": "("}, "pattern .*: ")
+    bad_config("majority", {"pattern": "a", "field": "b"}, "pattern or field, not both")
+    bad_config("majority", {"least": 0}, "greater than 0")
+
+
+# --- citation
+
+FILING = (
+    "Revenue rose by 12 % to 40 million. The board’s view — unchanged — is that costs will fall.\nNo dividend is paid."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('It says "revenue rose by 12 % to 40 million".', 1.0),
+        ("“The board's view - unchanged - is that  costs will fall”", 1.0),
+        ('"Revenue rose by 12 %" but "costs will rise a lot"', 0.5),
+        ('"revenue fell by 12 %"', 0.0),
+        ("Revenue rose.", 0.0),
+        ('"Revenue rose"', 0.0),  # too short to be a passage
+        ("«No dividend is paid.» „costs will fall.“", 1.0),
+        ('"" "" ""', 0.0),
+    ],
+)
+def test_citation(text: str, expected: float) -> None:
+    assert value("citation", {"key": "filing"}, text, filing=FILING) == expected
+
+
+def test_citation_of_several_documents_of_the_prompt_and_of_none() -> None:
+    docs = ["one two three", "four five six"]
+    assert value("citation", {"key": "docs"}, '"one two three" "four five six"', docs=docs) == 1.0
+    assert value("citation", {"min_words": 2}, '"sort this"') == 1.0  # the prompt's own words
+    assert value("citation", {"key": "filing", "required": False}, "Nothing quoted.", filing=FILING) == 1.0
+    assert (one("citation", {"key": "filing"}, "x").error or "").startswith("missing_key: ")
+    assert (one("citation", {"key": "filing"}, "x", filing=[""]).error or "").startswith("bad_key: ")
+    assert (one("citation", {"key": "filing"}, "x", filing=[["x"]]).error or "").startswith("bad_key: ")
+
+
+# --- repetition
+
+
+def test_repetition_by_hand() -> None:
+    """abc abc: 3-grams of characters abc, bc_, c_a, _ab, abc: 4 of 5 differ."""
+    assert value("repetition", {"n": 3, "unit": "characters"}, "abc ABC") == pytest.approx(4 / 5)
+    assert value("repetition", {"n": 2}, "a b a b a b") == pytest.approx(2 / 5)
+    assert value("repetition", {}, "too short") == 1.0
+    assert value("repetition", {"n": 1, "unit": "tokens"}, "x") == pytest.approx(1 / 3)  # three times token 7
+    assert value("repetition", {}, "the same again and " * 200) < 0.01
+    bad_config("repetition", {"n": 0}, "greater than 0")
+
+
+# --- language
+
+ENGLISH = "Your parcel is late because of the storm, and we are sorry for that."
+GERMAN = "Ihr Paket kommt wegen des Sturms zu spät, und das tut uns leid."
+
+
+def test_language() -> None:
+    found = scores("language", {"languages": ["en"]}, group_of(ENGLISH, GERMAN, "Ok.", ENGLISH.upper()))
+    assert [s.value for s in found if s.scored] == [1.0, 0.0, 1.0]
+    assert (found[2].error or "").startswith("too_short: 2 letters")
+    assert value("language", {"key": "lang"}, GERMAN, lang="de") == 1.0
+    assert value("language", {"languages": ["de", "en"]}, GERMAN) == 1.0
+    bad_config("language", {"languages": ["english"]}, "english: expected codes such as en, de, ja")
+    bad_config("language", {}, "give either languages or key")
+
+
+# --- what stands in a fence
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        ("So:\n```sql\nSELECT 1\n```\nThat is it.", "SELECT 1"),
+        ("```\nfirst\n```\nno:\n```sql\nlast\nline\n```", "last\nline"),
+        ("```sql\nSELECT 1", "SELECT 1"),  # cut off
+        ("```", ""),
+    ],
+)
+def test_last_fence(answer: str, expected: str) -> None:
+    assert text.last_fence(answer) == expected

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opentao.cli_common import AsJson, emit, guarded, prepare_process
-from opentao.config import LoraLayers
+from opentao.config import Head, LoraLayers, RewardLoss
 from opentao.errors import ConfigError
 from opentao.progress import Progress
 
@@ -27,18 +27,46 @@ def reward_train(
     learning_rate: Annotated[float, typer.Option(min=0)] = 3e-5,
     lora_rank: Annotated[int, typer.Option(min=0, help="0 trains all weights.")] = 0,
     lora_layers: Annotated[LoraLayers, typer.Option(help="Which layers get the adapter.")] = "all-linear",
+    loss: Annotated[RewardLoss, typer.Option(help="auto: Plackett-Luce for more than two answers.")] = "auto",
+    margin: Annotated[float, typer.Option(min=0, help="By how much the better answer should score higher.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.5, help="Share of choices that may be wrong.")] = 0.0,
+    balance_length: Annotated[
+        bool, typer.Option(help="Weigh pairs so that the longer answer is right half of the time.")
+    ] = False,
+    head: Annotated[Head, typer.Option(help="How the head of a causal LM starts.")] = "guided",
+    ensemble: Annotated[int, typer.Option(min=1, help="Heads, each trained on its own bootstrap.")] = 1,
+    instruction_dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of times a row's instruction is left out.")
+    ] = 0.3,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of prompts for early stop and calibration.")
+    ] = 0.1,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train a reward model on people's choices (Bradley-Terry); writes an ordinary transformers folder."""
+    """Train a reward model on people's choices; writes an ordinary transformers folder."""
     from opentao.preferences import read_preferences
-    from opentao.reward_model import RewardTraining, train_to_folder
+    from opentao.reward_train import RewardTraining, train_to_folder
 
     if out.exists():
         raise ConfigError(f"{out}: exists already; name a new folder")
     found = read_preferences(pairs)
     prepare_process()
-    settings = RewardTraining(lr=learning_rate, epochs=epochs, lora_rank=lora_rank, lora_layers=lora_layers, seed=seed)
+    settings = RewardTraining(
+        lr=learning_rate,
+        epochs=epochs,
+        lora_rank=lora_rank,
+        lora_layers=lora_layers,
+        loss=loss,
+        margin=margin,
+        label_smoothing=label_smoothing,
+        balance_length=balance_length,
+        head=head,
+        ensemble=ensemble,
+        instruction_dropout=instruction_dropout,
+        held_out=held_out,
+        seed=seed,
+    )
     with Progress() as progress:
         if found.set_aside:
             first = found.set_aside[0]
@@ -56,7 +84,8 @@ def reward_eval(
 ) -> None:
     """How often a reward model agrees with people's choices, beside the longer-answer baseline."""
     from opentao.preferences import read_preferences
-    from opentao.reward_model import RewardModel, accuracy
+    from opentao.reward_eval import accuracy
+    from opentao.reward_model import RewardModel
 
     found = read_preferences(pairs)
     prepare_process()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from opentao.errors import ConfigError
-from opentao.types import RolloutDtype, SamplingPlan, Strategy
+from opentao.types import RolloutDtype, SamplingPlan, Strategy, content_hash
+
+IDENTITY = {"reward_model": ("model",), "python": ("function",), "judge": ("url", "model")}  # args that say who judges
 
 Schedule = Literal["constant", "linear"]
 LoraLayers = Literal["all-linear", "attention"]
+RewardLoss = Literal["auto", "bradley_terry", "plackett_luce"]
+Head = Literal["guided", "random"]
 Objective = Literal["regress", "distill", "online", "prefer"]
 
 
@@ -102,17 +107,34 @@ class GenerateConfig(Node):
         )
 
 
+class GateConfig(Node):
+    """A hard rule: a response whose score is below `at_least` has a reward of at most `cap`."""
+
+    at_least: float = Field(allow_inf_nan=False)
+    cap: float = Field(0.0, allow_inf_nan=False)
+
+
 class ScorerConfig(Node):
     """One scorer: `type` is a built-in name, an entry point of `opentao.scorers`, or `module:function`."""
 
     type: str
     name: str | None = Field(None, description="how its scores are called; defaults to the type")
     weight: float = Field(1.0, allow_inf_nan=False, description="its share in the reward")
+    gate: GateConfig | None = Field(None, description="a hard rule on its score; its weight may then be 0")
+    calibration: str | None = Field(None, description="file of `tao reward calibrate`: its scale multiplies the scores")
     args: dict[str, Any] = Field({}, description="passed to the scorer")
 
     @property
     def label(self) -> str:
         return self.name or self.type
+
+    @property
+    def identity(self) -> str:
+        """What judges, whatever it is asked: a reward model by its weights, a judge by its model."""
+        keys = IDENTITY.get(self.type, tuple(self.args))
+        values = {k: self.args.get(k) for k in keys}
+        found = {k: os.path.realpath(v) if isinstance(v, str) and os.path.exists(v) else v for k, v in values.items()}
+        return content_hash(self.type, found)
 
 
 class LoraConfig(Node):
@@ -191,8 +213,13 @@ class Config(Node):
             raise ValueError("scorers: at least one weight must not be 0")
         if len(set(labels)) < len(labels):
             raise ValueError(f"scorers: names must differ, got {labels}; give each a `name`")
-        if self.audit and any((s.type, s.args) == (self.audit.type, self.audit.args) for s in self.scorers):
-            raise ValueError("audit: must differ from every training scorer, or it judges what it taught")
+        same = [s.label for s in self.scorers if self.audit and s.identity == self.audit.identity]
+        if same:
+            raise ValueError(
+                f"audit: must differ from every training scorer, or it judges what it taught; it is {same[0]}"
+            )
+        if self.audit and self.audit.gate:
+            raise ValueError("audit: has no gate, it never enters a reward")
         if self.train.objective == "online":
             truncated = self.generate.top_p < 1 or self.generate.top_k > 0
             if truncated or len(self.generate.strategies) > 1 or self.generate.strategies[0].build() != Strategy():

@@ -31,7 +31,8 @@ from opentao.policy import Policy
 from opentao.preferences import Ranking, read_preferences, write_preferences
 from opentao.progress import Progress
 from opentao.report import write_report
-from opentao.reward_model import RewardModel, RewardTraining, train_reward_model
+from opentao.reward_model import RewardModel
+from opentao.reward_train import RewardTraining, train_reward_model
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.session import Session, open_session
@@ -61,7 +62,9 @@ SCHEMA = {
 NUM_PREFERENCE_TICKETS = 110
 NUM_TRAIN_TICKETS = 96
 NUM_HELDOUT_TICKETS = 40
-REWARD_TRAINING = RewardTraining(lr=2e-3, epochs=3, rankings_per_step=4, lora_rank=16, lora_layers="attention")
+REWARD_TRAINING = RewardTraining(
+    lr=2e-3, epochs=3, rankings_per_step=4, lora_rank=16, lora_layers="attention", loss="bradley_terry"
+)
 
 
 def messages_of(ticket: str) -> tuple[dict[str, str], ...]:
@@ -161,7 +164,7 @@ def prefer(group: Group, judge: Callable[[Group], list[int]]) -> Ranking | None:
     if not right or not wrong:
         return None
     shown = random.Random(group.prompt.id).sample(wrong, min(3, len(wrong)))
-    return Ranking(prompt=group.prompt, texts=(right[0], *shown), ranks=(1.0, *[2.0] * len(shown)))
+    return Ranking(prompt=group.prompt, texts=(right[0], *shown), ranks=(1.0, *[2.0] * len(shown)), ties_equal=False)
 
 
 def collect_preferences(run: Run, config: Config, rows: list[dict[str, str]], session: Session) -> Path:

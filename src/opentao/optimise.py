@@ -58,11 +58,12 @@ def optimise(
     accumulate: Callable[[list[Item]], tuple[float, int]],
     config: OptimiserSettings,
     checkpoint: Checkpoint,
-    on_step: Callable[[Metrics], None],
+    on_step: Callable[[Metrics], bool | None],
 ) -> list[Metrics]:
     """Run the optimiser over `steps`, going on from the checkpoint if there is one.
 
-    `accumulate` adds one step's gradient to the model and returns its loss and the tokens it computed.
+    `accumulate` adds one step's gradient to the model and returns its loss and the tokens it computed. Training ends
+    early after a step for which `on_step` returns True.
 
     Raises:
         TrainError: the loss or gradient is not finite; the model must be thrown away.
@@ -87,8 +88,10 @@ def optimise(
             raise TrainError(f"step {step}: loss {loss}, gradient norm {norm}: training stopped, last good policy kept")
         optimiser.step()
         history.append(Metrics(step=step, loss=loss, grad_norm=norm, groups=len(batch), tokens=tokens))
-        on_step(history[-1])
+        stop = on_step(history[-1])
         checkpoint.save(model, optimiser, history)
+        if stop:
+            break
     return history
 
 

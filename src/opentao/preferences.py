@@ -1,8 +1,10 @@
 """Preferences in: which of several answers to one prompt people chose.
 
 JSONL or Parquet rows with `prompt` (text) or `messages` (chat) and either `chosen` and `rejected` (text, or messages
-whose last turn is the answer), or `responses` with `ranks` (1 = best; equal ranks are ties). A row that cannot be read
-is set aside with file, line and reason.
+whose last turn is the answer), or `responses` with `ranks` (1 = best). Equal ranks are answers that people found
+equally good, or, with ``"ties": "unknown"``, answers that were not compared with each other. Optional: `instruction`
+(what counted as good), `margin` (how clear the choice was), `annotator`, `time`, `order` (what stood where), `subset`.
+A row that cannot be read is set aside with file, line and reason.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import pyarrow.parquet as pq
 from opentao.errors import DataError
 from opentao.types import Message, Prompt
 
+CARRIED = ("time", "order", "id", "both_bad", "repeat", "policy")  # facts that `tao label` writes and training leaves
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Ranking:
@@ -29,12 +33,24 @@ class Ranking:
     prompt: Prompt
     texts: tuple[str, ...]
     ranks: tuple[float, ...]  # lower is better
+    ties_equal: bool = True  # equal ranks are equally good; False: not compared
+    instruction: str = ""  # what counted as good
+    margin: float = 1.0  # how clear the choice was; multiplies the margin of the loss
+    annotator: str = ""
+    subset: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # carried along: time, order, and so on
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) indices of every two answers that are not tied."""
+        """(better, worse) indices of every two answers of different ranks."""
         indices = range(len(self.texts))
         return [(i, j) for i, j in itertools.permutations(indices, 2) if self.ranks[i] < self.ranks[j]]
+
+    @property
+    def tied(self) -> list[tuple[int, int]]:
+        """Indices of every two answers that people found equally good."""
+        pairs = itertools.combinations(range(len(self.texts)), 2)
+        return [(i, j) for i, j in pairs if self.ties_equal and self.ranks[i] == self.ranks[j]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,8 +80,18 @@ def write_preferences(path: Path, rankings: Sequence[Ranking]) -> None:
     """One JSON line a ranking, in the `responses` and `ranks` form."""
     with path.open("w", encoding="utf-8") as file:
         for r in rankings:
-            row = {"messages": list(r.prompt.messages), "responses": list(r.texts), "ranks": list(r.ranks)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(ranking_row(r), ensure_ascii=False) + "\n")
+
+
+def ranking_row(r: Ranking) -> dict[str, Any]:
+    """The row of a preference file; what has its default is left out."""
+    row = {"messages": list(r.prompt.messages), "responses": list(r.texts), "ranks": list(r.ranks)}
+    if not r.ties_equal:
+        row["ties"] = "unknown"
+    if r.margin != 1.0:
+        row["margin"] = r.margin
+    named = {"instruction": r.instruction, "annotator": r.annotator, "subset": r.subset}
+    return row | {name: value for name, value in named.items() if value} | dict(r.facts)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -104,12 +130,32 @@ def _ranking(row: Any) -> Ranking:
         texts, ranks = _ranked(row)
     if not _is_unicode([*texts, *(m["content"] for m in messages)]):
         raise ValueError("not valid Unicode: the file must be UTF-8, without lone surrogates")
-    ranking = Ranking(prompt=Prompt(messages=tuple(messages)), texts=texts, ranks=ranks)
-    if not ranking.pairs:
-        raise ValueError("all answers have the same rank")
+    ranking = Ranking(prompt=Prompt(messages=tuple(messages)), texts=texts, ranks=ranks, **_extras(row))
+    if not ranking.pairs and not ranking.tied:
+        raise ValueError("all answers have the same rank, and were not compared")
     if any(texts[i] == texts[j] for i, j in ranking.pairs):
         raise ValueError("the better and the worse answer are the same text")
     return ranking
+
+
+def _extras(row: dict[str, Any]) -> dict[str, Any]:
+    """The optional fields, checked. Absent and null are alike: a table has every column in every row."""
+    found: dict[str, Any] = {}
+    if (ties := row.get("ties")) is not None:
+        if ties not in ("equal", "unknown"):
+            raise ValueError(f'ties: expected "equal" or "unknown", got {ties!r}')
+        found["ties_equal"] = ties == "equal"
+    if (margin := row.get("margin")) is not None:
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+            raise ValueError(f"margin: expected a number of at least 0, got {margin!r}")
+        found["margin"] = float(margin)
+    for name in ("instruction", "annotator", "subset"):
+        if (text := row.get(name)) is not None:
+            if not isinstance(text, str) or not _is_unicode([text]):
+                raise ValueError(f"{name}: expected text, got {type(text).__name__}")
+            found[name] = text
+    facts = {name: row[name] for name in CARRIED if row.get(name) is not None}
+    return found | ({"facts": facts} if facts else {})
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:

@@ -32,7 +32,7 @@ def score(session: Session, group_shards: Sequence[str], label: str, *, with_aud
             else:
                 done = []
                 for batch in shards(groups, GROUPS_TOGETHER):
-                    done += score_groups(batch, scorers, session.weights)
+                    done += score_groups(batch, scorers, session.weights, session.gates)
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))

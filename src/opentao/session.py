@@ -15,6 +15,7 @@ from opentao.errors import StoreError
 from opentao.progress import Progress
 from opentao.prompts import read_prompts
 from opentao.scorers.registry import build_scorer
+from opentao.scorers.run import Gate
 from opentao.split import split
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
@@ -42,6 +43,10 @@ class Session:
     @property
     def weights(self) -> dict[str, float]:
         return {s.label: s.weight for s in self.config.scorers}
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        return {s.label: Gate(at_least=s.gate.at_least, cap=s.gate.cap) for s in self.config.scorers if s.gate}
 
     def spent(self) -> dict[str, dict[str, float]]:
         """Seconds and tokens by stage since the last call."""
@@ -135,7 +140,8 @@ def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
         for key, value in sorted(config.args.items())
         if isinstance(value, str) and (os.path.isfile(value) or os.path.isfile(os.path.join(value, "config.json")))
     }
-    return {"config": config.model_dump(mode="json"), "files": named}
+    calibration = {"calibration": file_hash(Path(config.calibration))} if config.calibration else {}
+    return {"config": config.model_dump(mode="json"), "files": named | calibration}
 
 
 def shards(items: Sequence[Item], size: int) -> list[list[Item]]:

@@ -191,7 +191,8 @@ def score(case: dict[str, Any]) -> Callable[[], int]:
 def reward_train(case: dict[str, Any]) -> Callable[[], int]:
     """One Bradley-Terry step on the best and the worst response of each group."""
     from opentao.optimise import autocast
-    from opentao.reward_model import RewardModel, bradley_terry
+    from opentao.reward_loss import bradley_terry
+    from opentao.reward_model import RewardModel
     from opentao.rows import Sequences
 
     reward_model = RewardModel.load(case["options"]["classifier"])
@@ -209,7 +210,7 @@ def reward_train(case: dict[str, Any]) -> Callable[[], int]:
             with autocast(model):
                 scores = reward_model.row_scores(row)
             losses = [bradley_terry(scores[i : i + 2], [(0, 1)]) for i in range(0, len(scores), 2)]
-            (torch.stack(losses).sum() / number).backward()
+            (torch.cat(losses).sum() / number).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         return sum(len(r) for p in pairs[:number] for r in p.responses_NR)

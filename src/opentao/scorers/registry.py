@@ -14,12 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
 
 from opentao.config import ScorerConfig
 from opentao.errors import ConfigError
+from opentao.scorers.calibration import calibrated
 from opentao.scorers.plugin import import_object
 from opentao.types import Scorer
 
@@ -28,14 +30,21 @@ RESERVED = "reward"  # what a scores table calls the combined number
 _CALL = "object(name=..., **args) that returns an object with `name` and `score(group)`"
 
 BUILT_IN = {
+    "citation": "opentao.scorers.verifiers.citation:Citation",
     "contains": "opentao.scorers.verifiers.contains:Contains",
     "exact": "opentao.scorers.verifiers.exact:Exact",
     "json_field": "opentao.scorers.verifiers.json_field:JsonField",
     "json_schema": "opentao.scorers.verifiers.json_schema:JsonSchema",
+    "judge": "opentao.scorers.judge.scorer:Judge",
+    "language": "opentao.scorers.verifiers.language:Language",
     "length": "opentao.scorers.verifiers.length:Length",
+    "majority": "opentao.scorers.verifiers.majority:Majority",
     "python": "opentao.scorers.verifiers.python:Python",
+    "python_tests": "opentao.scorers.verifiers.python_tests:PythonTests",
     "regex": "opentao.scorers.verifiers.regex:Regex",
+    "repetition": "opentao.scorers.verifiers.repetition:Repetition",
     "reward_model": "opentao.scorers.reward_model:RewardModelScorer",
+    "sql": "opentao.scorers.verifiers.sql:Sql",
 }
 
 
@@ -48,7 +57,7 @@ def build_scorer(config: ScorerConfig) -> Scorer:
     """Find the scorer's factory and call it with ``name=config.label`` and ``**config.args``.
 
     Raises:
-        ConfigError: reserved name, unknown type, wrong args, or an object that is not a scorer.
+        ConfigError: reserved name, unknown type, wrong args, an object that is not a scorer, a bad calibration file.
     """
     if config.label == RESERVED:
         raise _error(config, f"{RESERVED!r} is the name of the combined number; give the scorer another `name`")
@@ -57,7 +66,8 @@ def build_scorer(config: ScorerConfig) -> Scorer:
         scorer = factory(name=config.label, **config.args)
     except (TypeError, ValueError) as error:
         raise _error(config, f"{_reason(error)}; expected args: {_parameters(factory)}") from error
-    return _checked(scorer, config)
+    checked = _checked(scorer, config)
+    return checked if config.calibration is None else calibrated(checked, Path(config.calibration))
 
 
 def _error(config: ScorerConfig, message: str) -> ConfigError:

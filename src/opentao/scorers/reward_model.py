@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
+from opentao.errors import ModelError
 from opentao.reward_model import RewardModel
 from opentao.types import Group
 
@@ -15,14 +17,29 @@ class RewardModelScorer:
     Args:
         model: a folder (such as `tao reward train` writes) or a hub name.
         squash: use σ(score) in place of the score, so that it lies between 0 and 1 beside other scorers.
+        pessimism: k in mean − k·spread over the heads of an ensemble (standard deviation): what the heads do not agree
+            on is worth less, so a policy gains nothing by going where no choices were seen.
+        instruction: what counts as good, for a model that was trained with instructions.
     """
 
     def __init__(
-        self, *, name: str, model: str, squash: bool = False, row_tokens: int = 2048, trust_remote_code: bool = False
+        self,
+        *,
+        name: str,
+        model: str,
+        squash: bool = False,
+        pessimism: float = 0.0,
+        instruction: str = "",
+        row_tokens: int = 2048,
+        trust_remote_code: bool = False,
     ) -> None:
+        if not 0 <= pessimism < math.inf:
+            raise ValueError(f"pessimism: expected a number of at least 0, got {pessimism!r}")
         self.name = name
         self.model = model
         self.squash = squash
+        self.pessimism = pessimism
+        self.instruction = instruction
         self.row_tokens = row_tokens
         self.trust_remote_code = trust_remote_code
         self._loaded: RewardModel | None = None
@@ -34,8 +51,13 @@ class RewardModelScorer:
         """Several groups share a packed row, and what all their prompts start with is computed once."""
         if self._loaded is None:
             self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code).for_scoring()
-        encoded = [self._loaded.encode(g.prompt.messages, [r.text for r in g.responses]) for g in groups]
-        return [[self._value(s) for s in scores] for _, scores in self._loaded.score(encoded, self.row_tokens)]
+            if self.pessimism and self._loaded.num_heads == 1:
+                raise ModelError(f"pessimism needs an ensemble, {self.model} has one head")
+        encoded = [
+            self._loaded.encode(g.prompt.messages, [r.text for r in g.responses], self.instruction) for g in groups
+        ]
+        return [[self._value(h) for h in heads] for _, heads in self._loaded.score_heads(encoded, self.row_tokens)]
 
-    def _value(self, score: float) -> float:
+    def _value(self, heads_K: Sequence[float]) -> float:
+        score = statistics.fmean(heads_K) - self.pessimism * statistics.pstdev(heads_K)
         return (1 + math.tanh(score / 2)) / 2 if self.squash else score  # σ, without overflow

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from opentao.scorers.plugin import call_plugin, one_line, unscored
@@ -83,28 +84,53 @@ def _checked(score: Score) -> Score:
     return score
 
 
-def combine(scores: Mapping[str, Sequence[Score]], weights: Mapping[str, float]) -> list[float]:
-    """The rewards of a group: r_i = Σ_k weight_k · score_ki over the scorers in `weights`.
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Gate:
+    """A hard rule on one scorer's score: ``Gate(at_least=1.0, cap=0.0)``."""
 
-    A response that any scorer of non-zero weight left unscored has reward NaN: a partial sum would be a hidden 0. So
-    has every response if no weight is non-zero, and a sum beyond a float. Scorers that `weights` does not name (an
-    audit) do not count.
+    at_least: float
+    cap: float
+
+    def apply(self, reward: float, score: float) -> float:
+        if math.isnan(reward) or math.isnan(score):
+            return NAN
+        return reward if score >= self.at_least else min(reward, self.cap)
+
+
+NO_GATES: Mapping[str, Gate] = {}
+
+
+def combine(
+    scores: Mapping[str, Sequence[Score]], weights: Mapping[str, float], gates: Mapping[str, Gate] = NO_GATES
+) -> list[float]:
+    """The rewards of a group: r_i = Σ_k weight_k · score_ki over the scorers in `weights`, capped by failed gates.
+
+    A gate is a hard rule: a response whose score by that scorer is below `at_least` has a reward of at most `cap`, so
+    no other scorer can make up for it. A response that any scorer of non-zero weight or with a gate left unscored has
+    reward NaN: a partial sum would be a hidden 0. So has every response if no weight is non-zero, and a sum beyond a
+    float. Scorers that `weights` does not name (an audit) do not count.
 
     Raises:
-        ValueError: `weights` names a scorer that has no scores.
+        ValueError: `weights` or `gates` name a scorer that has no scores.
 
     >>> combine({"a": [Score(value=1.0), Score(value=2.0)], "b": [Score(value=4.0), Score(value=NAN)]},
     ...         {"a": 1.0, "b": 0.5})
     [3.0, nan]
+    >>> combine({"a": [Score(value=5.0), Score(value=2.0)], "valid": [Score(value=0.0), Score(value=1.0)]},
+    ...         {"a": 1.0}, {"valid": Gate(at_least=1.0, cap=0.0)})
+    [0.0, 2.0]
     """
-    if missing := [name for name in weights if name not in scores]:
+    if missing := [name for name in (*weights, *gates) if name not in scores]:
         raise ValueError(f"weights name {missing}, but the scores are of {list(scores)}")
     counted = {name: weight for name, weight in weights.items() if weight != 0}
     num_responses = len(next(iter(scores.values()), ()))
     if not counted:
         return [NAN] * num_responses
     rows = zip(*(scores[name] for name in counted), strict=True)
-    return [_weighted_sum(row, list(counted.values())) for row in rows]
+    rewards = [_weighted_sum(row, list(counted.values())) for row in rows]
+    for name, gate in gates.items():
+        rewards = [gate.apply(r, s.value) for r, s in zip(rewards, scores[name], strict=True)]
+    return rewards
 
 
 def _weighted_sum(row: Sequence[Score], weights: Sequence[float]) -> float:
@@ -117,7 +143,12 @@ def _weighted_sum(row: Sequence[Score], weights: Sequence[float]) -> float:
     return total if math.isfinite(total) else NAN
 
 
-def score_groups(groups: Sequence[Group], scorers: Sequence[Scorer], weights: Mapping[str, float]) -> list[Group]:
+def score_groups(
+    groups: Sequence[Group],
+    scorers: Sequence[Scorer],
+    weights: Mapping[str, float],
+    gates: Mapping[str, Gate] = NO_GATES,
+) -> list[Group]:
     """The groups with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
 
     Raises:
@@ -130,5 +161,5 @@ def score_groups(groups: Sequence[Group], scorers: Sequence[Scorer], weights: Ma
     scored = []
     for i, group in enumerate(groups):
         scores = {name: own[i] for name, own in by_scorer.items()}
-        scored.append(group.with_scores(scores, combine(scores, weights)))
+        scored.append(group.with_scores(scores, combine(scores, weights, gates)))
     return scored

@@ -1,4 +1,7 @@
-"""`contains`: does the answer contain some text?"""
+"""`contains`: does the answer contain some text?
+
+Threat model: the answer is only read. One that holds all strings and much else passes: add `length`.
+"""
 
 from __future__ import annotations
 

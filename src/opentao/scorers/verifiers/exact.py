@@ -1,4 +1,7 @@
-"""`exact`: is the answer the expected text?"""
+"""`exact`: is the answer the expected text?
+
+Threat model: the answer is only read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`json_field`: does one field of a JSON answer hold the label?"""
+"""`json_field`: does one field of a JSON answer hold the label?
+
+Threat model: as for `json_schema`.
+"""
 
 from __future__ import annotations
 

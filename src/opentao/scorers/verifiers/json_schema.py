@@ -1,4 +1,8 @@
-"""`json_schema`: is the answer a JSON value that meets a schema?"""
+"""`json_schema`: is the answer a JSON value that meets a schema?
+
+Threat model: the answer is read by a strict parser with limits of depth and digits; nothing is fetched. What the schema
+leaves open, an answer may fill with anything.
+"""
 
 from __future__ import annotations
 

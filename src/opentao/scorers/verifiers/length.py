@@ -1,4 +1,7 @@
-"""`length`: is the answer as long as it should be?"""
+"""`length`: is the answer as long as it should be?
+
+Threat model: the answer is only counted. Filler of the right length passes: a guard beside other scorers, not a goal.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`python`: a function of yours judges each answer."""
+"""`python`: a function of yours judges each answer.
+
+Threat model: yours. The function runs inside the run itself: never let it execute the answer (see `python_tests`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`regex`: does the answer match a pattern?"""
+"""`regex`: does the answer match a pattern?
+
+Threat model: the answer is only read, for at most a second a search.
+"""
 
 from __future__ import annotations
 

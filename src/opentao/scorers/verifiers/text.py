@@ -1,4 +1,4 @@
-"""Text as the verifiers compare it, and regular expressions that cannot run for ever."""
+"""Text as the verifiers compare it, code fences, and regular expressions that cannot run for ever."""
 
 from __future__ import annotations
 
@@ -28,3 +28,32 @@ def search(pattern: regex.Pattern[str], text: str, *, full: bool = False) -> boo
         return find(text, timeout=TIMEOUT) is not None
     except TimeoutError as error:
         raise Unscored("timeout", f"pattern {pattern.pattern!r} took over {TIMEOUT:g} s") from error
+
+
+def find_last(pattern: regex.Pattern[str], text: str) -> str | None:
+    """The last match of the pattern (its first group, if it has one), or None.
+
+    Raises:
+        Unscored: no answer after `TIMEOUT` seconds.
+    """
+    found = None
+    try:
+        for found in pattern.finditer(text, timeout=TIMEOUT):  # noqa: B007  # the last one is wanted
+            pass
+    except TimeoutError as error:
+        raise Unscored("timeout", f"pattern {pattern.pattern!r} took over {TIMEOUT:g} s") from error
+    return None if found is None else found[1 if pattern.groups else 0]
+
+
+def last_fence(text: str) -> str:
+    """What the last Markdown code fence holds; without a fence, the text itself. An open fence ends with the text."""
+    blocks: list[list[str]] = []
+    inside = False
+    for line in text.split("\n"):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+            if inside:
+                blocks.append([])
+        elif inside:
+            blocks[-1].append(line)
+    return "\n".join(blocks[-1]) if blocks else text

@@ -1,0 +1,35 @@
+"""What every child does first and last. Standard library only; imported by its siblings through their own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import restrict  # type: ignore[import-not-found]  # its neighbour: a child is started by path
+
+Answer = Callable[[Any], Any]
+
+
+def serve(prepare: Callable[[dict[str, Any]], Answer]) -> None:
+    """Read the order, `prepare` (imports), lock the door, then answer job after job, one line each."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        order = json.load(file)
+    os.unlink(sys.argv[1])
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(nowhere, stream)  # what an answer prints is not an answer
+    sys.setrecursionlimit(1000)
+    answer = prepare(order["setup"])
+    restrict.limit_resources(order["memory_bytes"], order["cpu_seconds"], order["file_bytes"])
+    if order["full"]:
+        restrict.isolate(order["readable"], order["writable"])
+    out.write("\n")
+    out.flush()
+    os.dup2(nowhere, 2)
+    for job in order["jobs"]:
+        out.write(json.dumps(answer(job)) + "\n")
+        out.flush()

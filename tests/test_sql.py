@@ -1,0 +1,120 @@
+"""The verifier `sql`: levels by hand, on SQLite and DuckDB; that answers do no harm is tested in `test_hostile`."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_verifiers import bad_config, group_of, scores
+
+from opentao.isolation.run import missing_layers
+from opentao.scorers.verifiers.sql import query_of
+
+pytestmark = pytest.mark.skipif(bool(missing_layers()), reason=f"this machine lacks {', '.join(missing_layers())}")
+ROWS = [(1, "Ann", 30.0), (2, "Bo", 40.0), (3, None, 40.5)]
+
+
+@pytest.fixture(params=["sqlite", "duckdb"])
+def args(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Arguments for a database of three singers, in both engines."""
+    path = tmp_path / "music.db"
+    connect = sqlite3.connect if request.param == "sqlite" else pytest.importorskip("duckdb").connect
+    connection = connect(str(path))
+    connection.execute("CREATE TABLE singer (id INTEGER, name TEXT, age DOUBLE)")
+    for row in ROWS:
+        connection.execute("INSERT INTO singer VALUES (?, ?, ?)", row)
+    connection.commit()
+    connection.close()
+    return {"database": f"{tmp_path}/{{db}}.db", "engine": request.param}
+
+
+def values(args: dict[str, Any], *texts: str, **meta: Any) -> list[float]:
+    found = scores("sql", args, group_of(*texts, db="music", **meta))
+    assert all(s.error is None for s in found), found
+    return [s.value for s in found]
+
+
+def test_levels(args: dict[str, Any]) -> None:
+    found = values(
+        args,
+        "SELECT name FROM singer",  # these two agree, whatever the order and the way to write it
+        "The query:\n```sql\nSELECT name FROM singer ORDER BY id DESC;\n```",
+        "SELECT id FROM singer",  # rows of its own
+        "SELECT name FROM singer WHERE id = 3",  # one row, null
+        "SELECT name FROM singer WHERE id > 9",  # no rows
+        "SELECT nom FROM singer",  # does not run
+        "I would join the tables.",
+        "",
+    )
+    assert found == [1.0, 1.0, 0.5, 0.3, 0.3, 0.1, 0.0, 0.0]
+
+
+def test_levels_can_be_named_and_weighed(args: dict[str, Any]) -> None:
+    only_runs = args | {"levels": {"runs": 1.0}}
+    assert values(only_runs, "SELECT 1", "SELECT x FROM y", "no") == [1.0, 0.0, 0.0]
+
+
+def test_no_votes_for_nothing_and_no_majority_of_one(args: dict[str, Any]) -> None:
+    empty = "SELECT name FROM singer WHERE id > 9"
+    assert values(args, empty, empty, "SELECT 1", "SELECT 2") == [0.3, 0.3, 0.5, 0.5]
+    assert values(args, "SELECT 1", "SELECT 1.0", "SELECT 2", "SELECT 2") == [1.0] * 4  # a draw: both win
+
+
+def test_gold(args: dict[str, Any]) -> None:
+    gold = args | {"levels": {"gold": 1.0}, "gold": "query"}
+    texts = ["SELECT age, name FROM singer", "SELECT name, age FROM singer", "SELECT name FROM singer"]
+    assert values(gold, *texts, query="SELECT name, age FROM singer ORDER BY age DESC") == [0.0, 0.0, 0.0]
+    ordered = "SELECT name, age FROM singer ORDER BY age DESC"
+    assert values(gold, ordered, texts[1], query=ordered) == [1.0, 0.0]
+    assert values(gold, ordered, texts[1], texts[0], query=texts[1]) == [1.0, 1.0, 0.0]
+
+
+def test_numbers_are_compared_by_value(args: dict[str, Any]) -> None:
+    gold = args | {"levels": {"gold": 1.0}, "gold": "query"}
+    same = ["SELECT 2", "SELECT 2.0", "SELECT 4 / 2.0", "SELECT count(*) - 1 FROM singer"]
+    assert values(gold, *same, "SELECT '2'", "SELECT 2.001", query="SELECT 2") == [1.0] * 4 + [0.0, 0.0]
+    thirds = ["SELECT sum(age) / 3 FROM singer", "SELECT avg(age) FROM singer"]
+    assert values(gold, *thirds, query="SELECT avg(age) FROM singer") == [1.0, 1.0]
+
+
+def test_what_cannot_be_judged_is_unscored(args: dict[str, Any], tmp_path: Path) -> None:
+    def kinds(more: dict[str, Any], *texts: str, **meta: Any) -> list[str]:
+        found = scores("sql", args | more, group_of(*texts, **meta))
+        return [(s.error or "").partition(":")[0] for s in found]
+
+    assert kinds({}, "SELECT 1") == ["missing_key"]
+    assert kinds({}, "SELECT 1", db="other") == ["no_database"]
+    for name in ("../music", "/etc/passwd", "..", "", "a/b", "a\0b"):
+        assert kinds({}, "SELECT 1", db=name) == ["bad_key"]
+    gold = {"levels": {"gold": 1.0}, "gold": "query"}
+    assert kinds(gold, "SELECT 1", db="music") == ["missing_key"]
+    assert kinds(gold, "SELECT 1", db="music", query="SELECT nothing FROM nowhere") == ["bad_key"]
+    many = "SELECT a.id FROM singer a, singer b, singer c, singer d"
+    assert kinds({"max_rows": 80}, many, "SELECT 1", db="music") == ["too_many_rows", ""]
+    assert kinds({"max_rows": 81}, many, db="music") == [""]
+
+
+def test_over_a_limit(args: dict[str, Any]) -> None:
+    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT count(*) FROM r"
+    short = args | {"seconds": 0.3}
+    found = scores("sql", short, group_of("SELECT 1", endless, "SELECT 1", db="music"))
+    assert [s.value for s in found if s.scored] == [1.0, 1.0]
+    assert (found[1].error or "").startswith(("timeout: ", "memory: "))
+    assert values(short | {"over_limit": -1.0}, endless) == [-1.0]
+
+
+def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad_config("sql", {}, "database: ")
+    bad_config("sql", {"database": "x", "levels": {}}, "expected at least one of parses, runs")
+    bad_config("sql", {"database": "x", "levels": {"right": 1.0}}, "levels: ")
+    bad_config("sql", {"database": "x", "gold": "query"}, "gold: give the name of the meta entry and a level")
+    bad_config("sql", {"database": "x", "levels": {"gold": 1.0}}, "gold: give the name of the meta entry and a level")
+    monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
+    bad_config("sql", {"database": "x", "engine": "duckdb"}, r"pip install 'opentao\[duckdb\]'")
+
+
+def test_the_query_of_an_answer() -> None:
+    assert query_of("SELECT 1;; \n") == "SELECT 1"
+    assert query_of("```\nSELECT 1;\n```\nor\n```sql\nSELECT 2;\n```") == "SELECT 2"
