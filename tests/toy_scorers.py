@@ -47,6 +47,16 @@ def letters_or_nothing(prompt: Prompt, text: str) -> float | None:
     return None if "unscorable" in prompt.text else letters(prompt, text)
 
 
+def longer(prompt: Prompt, text: str) -> float:
+    """Hackable on purpose: the longer, the better."""
+    return float(len(text))
+
+
+def shorter(prompt: Prompt, text: str) -> float:
+    """What was really wanted: few characters."""
+    return -float(len(text))
+
+
 @dataclass(kw_only=True)
 class EvenTokens:
     """Plug-in: share of even token ids among all tokens of a response."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from opentao.cli_bench import bench
 from opentao.cli_common import AsJson, emit, guarded, prepare_process
+from opentao.cli_label import label_app
 from opentao.cli_reward import reward_app
 from opentao.config import Config, load_config
 from opentao.errors import DataError
@@ -293,6 +294,7 @@ def doctor(
 
 app.command()(bench)
 app.add_typer(reward_app, name="reward")
+app.add_typer(label_app, name="label")
 
 
 def main() -> None:

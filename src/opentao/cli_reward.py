@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from opentao.cli_common import AsJson, emit, guarded, prepare_process
 from opentao.config import Head, LoraLayers, RewardLoss
-from opentao.errors import ConfigError
+from opentao.errors import ConfigError, DataError
 from opentao.progress import Progress
 
 reward_app = typer.Typer(help="Train and test a reward model on people's choices.", no_args_is_help=True)
@@ -95,3 +96,34 @@ def reward_eval(
     span = f"{a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs"
     text = f"accuracy {a['mean']:.3f} ({span}); the longer answer wins {b['mean']:.3f}"
     emit(facts | {"set_aside": len(found.set_aside)}, as_json, text)
+
+
+@reward_app.command("calibrate")
+@guarded
+def reward_calibrate(
+    scorer: Annotated[Path, typer.Option("--scorer", metavar="FILE", help="YAML of one scorer: type, args.")],
+    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Calibration file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put any scorer on the scale of people's choices, so that a difference of scores is a probability."""
+    from opentao.config import load_scorer
+    from opentao.preferences import read_preferences
+    from opentao.reward_scale import calibrate_scorer
+    from opentao.scorers.registry import build_scorer
+
+    config = load_scorer(scorer)
+    found = read_preferences(pairs)
+    prepare_process()
+    built = build_scorer(config.model_copy(update={"calibration": None}))
+    with Progress() as progress:
+        facts = calibrate_scorer(built, found.rankings, progress)
+    facts |= {"set_aside": len(found.set_aside), "scorer": config.model_dump(mode="json", exclude_defaults=True)}
+    if facts["scale"] is None:
+        raise DataError(f"{pairs}: no two compared answers have a score: {facts['unscored'] or 'nothing was compared'}")
+    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    loss = facts["log_loss"] if facts["log_loss"] is not None else facts["log_loss_uncalibrated"]
+    unscored = f"; {sum(facts['unscored'].values())} answers unscored" if facts["unscored"] else ""
+    text = f"scale {facts['scale']:.4g} from {facts['pairs']} comparisons, {loss:.3f} nats each (a coin's: 0.693)"
+    text += unscored
+    emit(facts | {"out": str(out)}, as_json, f"{text} -> {out}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,7 @@ Schedule = Literal["constant", "linear"]
 LoraLayers = Literal["all-linear", "attention"]
 RewardLoss = Literal["auto", "bradley_terry", "plackett_luce"]
 Head = Literal["guided", "random"]
+LabelKind = Literal["pair", "rank", "mark"]
 Objective = Literal["regress", "distill", "online", "prefer"]
 
 
@@ -243,6 +244,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: file, line, key and what was expected.
     """
+    tree, root = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validated(Config, tree, path, root)
+
+
+def load_scorer(path: Path) -> ScorerConfig:
+    """One scorer from a YAML file of its own, e.g. ``{type: judge, args: {url: …, model: …}}``; errors as above."""
+    tree, root = _read_yaml(path)
+    return _validated(ScorerConfig, tree, path, root)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The file's keys and values, and its nodes, which know their lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -258,12 +273,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}{line}: not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    return tree, root
+
+
+Tree = TypeVar("Tree", bound=Node)
+
+
+def _validated(model: type[Tree], tree: dict[str, Any], path: Path, root: yaml.Node | None) -> Tree:
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), root)) from error
+        raise ConfigError(_explain(error, str(path), root, model)) from error
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -293,7 +313,7 @@ def _item(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError, path: str, root: yaml.Node | None) -> str:
+def _explain(error: ValidationError, path: str, root: yaml.Node | None, model: type[Node]) -> str:
     """One line for the first mistake, with the number of the others."""
     first, *rest = error.errors(include_url=False)
     loc = [str(part) for part in first["loc"]]
@@ -302,7 +322,7 @@ def _explain(error: ValidationError, path: str, root: yaml.Node | None) -> str:
         key, _, message = message.partition(": ")
         loc = key.split(".")
     if first["type"] == "extra_forbidden":
-        message = f"unknown key; expected one of: {', '.join(_known_keys(loc[:-1]))}"
+        message = f"unknown key; expected one of: {', '.join(_known_keys(model, loc[:-1]))}"
     elif first["type"] == "missing":
         message = "is required"
     elif "input" in first and not isinstance(first["input"], dict | list):
@@ -327,14 +347,14 @@ def _line(node: yaml.Node | None, loc: Sequence[str]) -> int:
     return line
 
 
-def _known_keys(loc: Sequence[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(root: type[Node], loc: Sequence[str]) -> list[str]:
+    model: Any = root
     for part in loc:
         if part.isdigit():
             continue
         field = model.model_fields.get(part)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Config)
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), root)
     return list(model.model_fields)
 
 

@@ -22,10 +22,12 @@ from opentao.pack import group_logprobs
 from opentao.policy import Policy, load_policy
 from opentao.rows import Sequences
 from opentao.score import failures, score, unscored
+from opentao.scorers.verifiers.repetition import distinct_share
 from opentao.session import AUDIT, Session
 from opentao.types import NAN, PLAIN, Group, SamplingPlan, content_hash
 
 Values = NDArray[np.float64]
+REPEATED_WORDS = 4
 BAKED_K = 8  # the baked fraction measures how much of the base's best of this many is in the first try
 
 
@@ -44,6 +46,7 @@ class Evaluation:
     audit_best_P: dict[int, Values]
     kl_P: Values
     length_P: Values
+    distinct_P: Values  # share of runs of REPEATED_WORDS words that have not stood before in the response
     samples: list[dict[str, Any]]
     unscored: dict[str, int]
     failures: dict[str, int]
@@ -73,6 +76,9 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
         audit_best_P={k: _bests(audits, k) for k in ks},
         kl_P=kl_P,
         length_P=_means([np.array([len(r.tokens_R) for r in g.responses], dtype=float) for g in sampled]),
+        distinct_P=_means(
+            [np.array([distinct_share(r.text.split(), REPEATED_WORDS) for r in g.responses]) for g in sampled]
+        ),
         samples=[_sample(g, h) for g, h in zip(sampled, greedy, strict=True)],
         unscored=dict(unscored([*sampled, *greedy])),
         failures=dict(failures(sampled)),
@@ -180,6 +186,7 @@ def round_summary(session: Session, own: Evaluation, base: Evaluation) -> dict[s
         "best_of": {str(k): interval(v) for k, v in own.best_P.items()},
         "kl": interval(own.kl_P),
         "length": interval(own.length_P),
+        "distinct": interval(own.distinct_P),
         "baked_k": baked_k,
         "baked_fraction": baked_fraction(own.first_P, base.first_P, base.best_P[baked_k], **args).as_dict(),
         "improvement": None,

@@ -2,12 +2,14 @@
 
 Every stage is a pure function of what it is given and leaves files under the run directory; started again after a kill,
 `run` walks the same path and reuses what is there. The round that does best on held-out prompts is kept; if none beats
-the base beyond doubt, the verdict is "keep base". What it looks like: `tao demo`, `examples/loop_from_scratch.py`.
+the base beyond doubt, the verdict is "keep base". A round whose reward rises while the audit falls ends the run. What
+it looks like: `tao demo`, `examples/loop_from_scratch.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from opentao.config import Config
 from opentao.errors import TrainError
 from opentao.evaluate import Evaluation, evaluate, round_summary
 from opentao.generate import generate
+from opentao.guard import best_of, watch
 from opentao.policy import Policy
 from opentao.progress import Progress
 from opentao.report import write_report
@@ -42,7 +45,7 @@ def run(config: Config, directory: Path, progress: Progress, engine: Engine | No
     """Tune `config.model` from prompts alone. Returns the content of `summary.json`."""
     with open_session(config, directory, progress, engine) as session:
         base = policy = Policy.of_base(config.model, trust_remote_code=config.trust_remote_code)
-        outcomes = [measure(session, 0, base, base, against=None, facts=None)]
+        outcomes = [measure(session, 0, base, base, earlier=[], facts=None)]
         for round_ in range(1, config.rounds + 1):
             shards = sample_round(session, round_, policy)
             groups = score(session, shards, f"round {round_}: score")
@@ -51,10 +54,13 @@ def run(config: Config, directory: Path, progress: Progress, engine: Engine | No
             except TrainError as error:
                 progress.note(f"round {round_}: {error}")
                 return finish(session, outcomes, stopped=str(error))
-            outcome = measure(session, round_, policy, base, against=outcomes[0].evaluation, facts=facts)
+            outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
             outcome.unscored += unscored(groups)
             outcome.failures += failures(groups)
             outcomes.append(outcome)
+            if reason := outcome.numbers["guard"]["tripped"]:
+                progress.note(reason)
+                return finish(session, outcomes, stopped=reason)
         return finish(session, outcomes)
 
 
@@ -75,11 +81,12 @@ def policy_before(session: Session, round_: int) -> Policy:
 
 
 def measure(
-    session: Session, round_: int, policy: Policy, base: Policy, *, against: Evaluation | None, facts: Facts | None
+    session: Session, round_: int, policy: Policy, base: Policy, *, earlier: Sequence[Outcome], facts: Facts | None
 ) -> Outcome:
-    """Evaluate a policy on the held-out prompts and write `round-K/eval.json`."""
+    """Evaluate a policy on the held-out prompts, watch it against the `earlier` rounds, write `round-K/eval.json`."""
     evaluation = evaluate(session, round_, policy, base)
-    numbers = round_summary(session, evaluation, against or evaluation)
+    numbers = round_summary(session, evaluation, earlier[0].evaluation if earlier else evaluation)
+    numbers["guard"] = watch(session, evaluation, best_of([o.evaluation for o in earlier] or [evaluation]))
     numbers |= {"policy": policy.hash, "train": facts} | session.spent()
     name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key)
     if session.run.have(name, key):  # resumed: what the stages cost when they really ran

@@ -65,7 +65,7 @@ def read_preferences(path: Path) -> Preferences:
     """Raises DataError if the file cannot be read or holds no usable row."""
     rankings: list[Ranking] = []
     set_aside: list[dict[str, Any]] = []
-    for number, row in _rows(path):
+    for number, row in preference_rows(path):
         try:
             rankings.append(_ranking(row))
         except ValueError as error:
@@ -94,7 +94,7 @@ def ranking_row(r: Ranking) -> dict[str, Any]:
     return row | {name: value for name, value in named.items() if value} | dict(r.facts)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def preference_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         if path.suffix == ".parquet":
             yield from enumerate(pq.read_table(path).to_pylist(), 1)
@@ -122,7 +122,7 @@ def _ranking(row: Any) -> Ranking:
         raise ValueError(f"not valid JSON: {row}")
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
-    messages = _messages(row)
+    messages = messages_of(row)
     if row.get("chosen") is not None or row.get("rejected") is not None:
         texts = (_answer(row, "chosen"), _answer(row, "rejected"))
         ranks: tuple[float, ...] = (1.0, 2.0)
@@ -158,7 +158,7 @@ def _extras(row: dict[str, Any]) -> dict[str, Any]:
     return found | ({"facts": facts} if facts else {})
 
 
-def _messages(row: dict[str, Any]) -> list[Message]:
+def messages_of(row: dict[str, Any]) -> list[Message]:
     if row.get("messages"):
         messages = row["messages"]
         if not (isinstance(messages, list) and all(map(_is_turn, messages))):

@@ -31,6 +31,7 @@ from opentao.summary import (
     Answer,
     Audit,
     Evaluation,
+    Guard,
     Mean,
     Round,
     Sample,
@@ -40,6 +41,7 @@ from opentao.summary import (
     percent,
     percent_interval,
     read,
+    share,
     signed,
 )
 
@@ -86,6 +88,8 @@ def _template() -> Template:
         "interval": interval,
         "percent": percent,
         "percent_interval": percent_interval,
+        "share": share,
+        "worst_canary": worst_canary,
         "duration": duration,
         "reward": lambda value: "unscored" if value is None else f"{value:.3g}".replace("-", "−"),
     }
@@ -199,6 +203,12 @@ def _baselines(run: Summary, on: str) -> list[Level]:
 
 
 # --------------------------------------------------------------------------------------------------- rounds and cost
+
+
+def worst_canary(guard: Guard) -> tuple[str, float] | None:
+    """The canary that scores high most often, if any does."""
+    known = {name: value for name, value in guard.canaries.items() if value}
+    return max(known.items(), key=lambda item: item[1]) if known else None
 
 
 def _histories(run: Summary) -> list[Picture]:

@@ -69,6 +69,14 @@ class Training(Facts):
     sampler_mismatch: Mean = NO_MEAN  # KL of the sampler from the learner, nats a token
 
 
+class Guard(Facts):
+    """What was watched for over-optimisation."""
+
+    canaries: dict[str, Number] = {}  # share of prompts on which each scores as high as the policy's own answers
+    canary_share: Number = None
+    tripped: str | None = None  # why the run was stopped after this round
+
+
 class Round(Facts):
     """One policy on the held-out prompts; round 0 is the base."""
 
@@ -79,6 +87,8 @@ class Round(Facts):
     audit: Audit | None
     kl: Mean  # nats from the base, a response
     length: Mean  # tokens a response
+    distinct: Mean = NO_MEAN  # share of runs of four words that have not stood before in the response
+    guard: Guard = Guard()
     baked_fraction: Mean
     baked_k: int = 8
     improvement: Mean | None = None
@@ -213,6 +223,11 @@ def read(model: type[Model], path: Path) -> Model:
 def number(value: float | None, digits: int = 2) -> str:
     """``0.42``; a minus sign that is as wide as a plus; "–" for nothing measured."""
     return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def share(value: float | None) -> str:
+    """``42 %``; "–" for nothing measured."""
+    return MISSING if value is None else f"{number(100 * value, 0)} %"
 
 
 def signed(value: float | None) -> str:

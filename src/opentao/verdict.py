@@ -55,13 +55,15 @@ def write_summary(
 def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, str, str]:
     """(best round, verdict, one sentence why).
 
-    Promote the round with the highest held-out first try if its paired gain over the base is above zero over the whole
-    interval and, where there is an audit, the audit did not fall. The interval is of one round: with many rounds to
-    choose from it is a little too narrow.
+    Promote the round with the highest held-out first try, rounds that the guard stopped left out, if its paired gain
+    over the base is above zero over the whole interval and, where there is an audit, the audit did not fall. The
+    interval is of one round: with many rounds to choose from it is a little too narrow.
     """
     if tuned and all(r["train"] and r["train"]["steps"] == 0 for r in tuned):
         return 0, "keep base", f"No step was taken: {tuned[-1]['train']['idle']}."
-    rounds = [r for r in tuned if r["first_try"]["mean"] is not None]
+    rounds = [r for r in tuned if r["first_try"]["mean"] is not None and not r["guard"]["tripped"]]
+    if tuned and not rounds and any(r["guard"]["tripped"] for r in tuned):
+        return 0, "keep base", "No other round was trained."
     if not rounds or base["first_try"]["mean"] is None:
         return 0, "keep base", "No round could be compared with the base."
     best = max(rounds, key=lambda r: (r["first_try"]["mean"], -r["round"]))

@@ -6,6 +6,7 @@ nonsense that never repeats: a guard beside other scorers, not a goal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -26,12 +27,20 @@ class Repetition(Verifier):
     unit: Literal["words", "characters", "tokens"] = "words"
 
     def rate(self, prompt: Prompt, response: Response) -> float:
-        units = self._units(response)
-        runs = [tuple(units[i : i + self.n]) for i in range(len(units) - self.n + 1)]
-        return len(set(runs)) / len(runs) if runs else 1.0
+        return distinct_share(self._units(response), self.n)
 
     def _units(self, response: Response) -> list[str] | list[int]:
         if self.unit == "tokens":
             return list(response.tokens_R)
         text = response.text.casefold()
         return text.split() if self.unit == "words" else list(text)
+
+
+def distinct_share(units: Sequence[str] | Sequence[int], n: int) -> float:
+    """Different runs of `n` units over all runs; 1.0 if there are none.
+
+    >>> distinct_share("a b a b a".split(), 2)
+    0.5
+    """
+    runs = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0

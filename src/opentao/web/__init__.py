@@ -1,0 +1,1 @@
+"""Pages that people work with in a browser: `label`."""

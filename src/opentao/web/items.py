@@ -1,0 +1,58 @@
+"""What there is to judge: the groups of a run directory, or rows of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opentao.errors import DataError
+from opentao.preferences import messages_of, preference_rows
+from opentao.store import Run, table_to_groups
+from opentao.types import Message
+from opentao.web.choices import Item, item_of
+
+
+def read_items(source: Path) -> list[Item]:
+    """Prompts with at least two different answers; the same prompt and answers twice are one.
+
+    Raises:
+        DataError: nothing to judge there; what was expected.
+    """
+    found = [item_of(messages, texts) for messages, texts in (_of_run if source.is_dir() else _of_file)(source)]
+    items = list({item.id: item for item in found if len(item.responses) > 1}.values())
+    if not items:
+        raise DataError(f"{source}: no prompt with at least two different answers")
+    return items
+
+
+def _of_run(source: Path) -> Iterator[tuple[list[Message], list[str]]]:
+    """Groups of all rounds, the newest first: people should judge what the policy says now."""
+    with Run(source, read_only=True) as run:
+        names = [n for n in run.names("round-") if "/groups/" in n]
+        for name in sorted(names, key=_newest_first):
+            for group in table_to_groups(run.read_table(name)):
+                yield list(group.prompt.messages), [r.text for r in group.responses]
+
+
+def _newest_first(name: str) -> tuple[int, str]:
+    return -int(name.removeprefix("round-").partition("/")[0]), name
+
+
+def _of_file(source: Path) -> Iterator[tuple[list[Message], list[str]]]:
+    for number, row in preference_rows(source):
+        try:
+            yield _row(row)
+        except ValueError as error:
+            raise DataError(f"{source}:{number}: {error}") from error
+
+
+def _row(row: Any) -> tuple[list[Message], list[str]]:
+    if isinstance(row, ValueError):
+        raise ValueError(f"not valid JSON: {row}")
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    texts = row.get("responses")
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("responses: expected a list of texts")
+    return messages_of(row), texts

@@ -1,0 +1,355 @@
+"""What `tao label` keeps and makes of it: the file, the next task, agreement, preference rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opentao.errors import DataError
+from opentao.preferences import Ranking, read_preferences, write_preferences
+from opentao.types import Prompt
+from opentao.web.agreement import alpha, between, with_oneself
+from opentao.web.choices import Choices, Item, Task, item_of
+from opentao.web.items import read_items
+from opentao.web.next_task import Plan, next_task, pair_information, units
+from opentao.web.preference_rows import import_rankings, rankings_of
+
+
+def items(number: int, answers: int = 3) -> list[Item]:
+    turns = [[{"role": "user", "content": f"prompt {i}"}] for i in range(number)]
+    return [item_of(t, [f"answer {i}.{j}" for j in range(answers)]) for i, t in enumerate(turns)]
+
+
+@pytest.fixture
+def choices(tmp_path: Path) -> Choices:
+    found = Choices(tmp_path / "choices.sqlite")
+    found.add_items(items(4))
+    for name in ("ann", "bo"):
+        found.add_annotator(name)
+    return found
+
+
+def judge(
+    choices: Choices, annotator: str, item: Item, shown: tuple[int, ...], answer: dict[str, Any], **more: Any
+) -> Task:
+    kind = "pair" if {"better", "tie"} & set(answer) else "rank" if "order" in answer else "mark"
+    kind = more.pop("kind", kind)
+    task = choices.add_task(annotator, item.id, kind, shown, "random", **more)
+    assert choices.choose(task, answer)
+    return task
+
+
+# --- the file
+
+WRITER = """
+import sys
+from pathlib import Path
+from opentao.web.choices import Choices
+from opentao.web.next_task import Plan, next_task
+choices = Choices(Path(sys.argv[1]))
+while True:
+    task = next_task(choices, "ann", Plan(repeats=0.0))
+    choices.choose(task, {"better": task.shown[0], "worse": task.shown[1]})
+    print(task.id, flush=True)
+"""
+
+
+def test_nothing_is_lost_on_kill_9(tmp_path: Path) -> None:
+    """What was confirmed before each kill is there after it, whole, and the next process goes on."""
+    path = tmp_path / "choices.sqlite"
+    first = Choices(path)
+    first.add_items(items(200, 4))
+    first.add_annotator("ann")
+    first.close()
+    confirmed: list[str] = []
+    for _ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        confirmed += [writer.stdout.readline().strip() for _ in range(25)]
+        writer.send_signal(signal.SIGKILL)
+        confirmed += writer.stdout.read().split()
+        writer.wait()
+    made = Choices(path).choices()
+    assert len(confirmed) >= 75
+    assert [t for t in confirmed if t not in {c.task.id for c in made}] == []
+    assert len({c.task.id for c in made}) == len(made) <= len(confirmed) + 3
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_tokens_are_known_by_their_hash_only(choices: Choices) -> None:
+    token = choices.add_annotator("cy")
+    assert choices.annotator_of(token) == "cy"
+    assert choices.annotator_of("") is None and choices.annotator_of(token + "x") is None
+    assert choices.annotator_of("\ud800") is None
+    newer = choices.add_annotator("cy")
+    assert choices.annotator_of(token) is None and choices.annotator_of(newer) == "cy"
+    choices.close()
+    assert newer.encode() not in choices.path.read_bytes()
+
+
+def test_items_never_change_and_equal_answers_are_one(choices: Choices) -> None:
+    assert choices.add_items(items(5)) == 1
+    assert len(choices.items()) == 5
+    assert item_of([], ["a", "b", "a"]).responses == ("a", "b")
+
+
+def test_a_second_click_changes_nothing(choices: Choices) -> None:
+    item = choices.items()[0]
+    task = judge(choices, "ann", item, (0, 1), {"better": 0, "worse": 1})
+    assert not choices.choose(task, {"better": 1, "worse": 0})
+    assert [c.answer for c in choices.choices()] == [{"better": 0, "worse": 1}]
+
+
+def test_undo_opens_the_task_again_and_keeps_the_trace(choices: Choices) -> None:
+    item = choices.items()[0]
+    first = judge(choices, "ann", item, (0, 1), {"better": 0, "worse": 1})
+    last = judge(choices, "ann", item, (0, 2), {"better": 2, "worse": 0})
+    later = next_task(choices, "ann", Plan())
+    assert choices.undo("ann")
+    assert next_task(choices, "ann", Plan()) == choices.open_task("ann")
+    assert choices.open_task("ann").id == last.id  # type: ignore[union-attr]
+    assert choices.choose(last, {"tie": True})
+    assert choices.open_task("ann").id == later.id  # type: ignore[union-attr]
+    assert [c.answer for c in choices.choices("ann")] == [{"better": 0, "worse": 1}, {"tie": True}]
+    assert choices.undo("ann") and choices.undo("ann") and not choices.undo("ann") and not choices.undo("bo")
+    assert choices.open_task("ann").id == first.id  # type: ignore[union-attr]
+    rows = sqlite3.connect(choices.path).execute("SELECT count(*), count(undone) FROM choices").fetchone()
+    assert rows == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("pair", {"better": 0, "worse": 0}),
+        ("pair", {"better": 0, "worse": 2}),
+        ("pair", {"better": 0}),
+        ("pair", {"tie": False}),
+        ("pair", {"order": [0, 1]}),
+        ("rank", {"order": []}),
+        ("rank", {"order": [0, 0]}),
+        ("rank", {"order": [0, 7]}),
+        ("rank", {"better": 0, "worse": 1}),
+        ("mark", {"right": 1}),
+        ("mark", {}),
+        ("pair", {"skip": False}),
+    ],
+)
+def test_answers_that_are_none(choices: Choices, kind: Any, answer: dict[str, Any]) -> None:
+    task = choices.add_task("ann", choices.items()[0].id, kind, (0, 1), "random")
+    with pytest.raises(DataError, match=f"not an answer to a {kind} task"):
+        choices.choose(task, answer)
+    assert choices.choices() == []
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, this is not a database, it is a text of some length")
+    with pytest.raises(DataError, match="not a file of choices"):
+        Choices(tmp_path / "text")
+    newer = sqlite3.connect(tmp_path / "newer.sqlite")
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    with pytest.raises(DataError, match="another version of opentao"):
+        Choices(tmp_path / "newer.sqlite")
+
+
+# --- what comes next
+
+
+def work_through(choices: Choices, annotator: str, plan: Plan, most: int = 1000) -> list[Task]:
+    """Judge all there is; always the answer with the smaller index."""
+    tasks = []
+    while len(tasks) < most and (task := next_task(choices, annotator, plan)) is not None:
+        a, b = sorted(task.shown)
+        choices.choose(task, {"better": a, "worse": b})
+        tasks.append(task)
+    return tasks
+
+
+def test_every_pair_comes_once_in_either_order(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "c.sqlite")
+    choices.add_items(items(30, 3))
+    choices.add_annotator("ann")
+    tasks = work_through(choices, "ann", Plan(repeats=0.0))
+    assert len(tasks) == len({(t.item, *sorted(t.shown)) for t in tasks}) == 90
+    swapped = sum(t.shown[0] > t.shown[1] for t in tasks)
+    assert 25 <= swapped <= 65
+    assert next_task(choices, "ann", Plan(repeats=0.0)) is None
+
+
+def test_a_reload_shows_the_same(choices: Choices) -> None:
+    assert next_task(choices, "ann", Plan()) == next_task(choices, "ann", Plan())
+
+
+def test_a_share_of_tasks_is_repeated_later_and_once(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "c.sqlite")
+    choices.add_items(items(60, 3))
+    choices.add_annotator("ann")
+    tasks = work_through(choices, "ann", Plan(repeats=0.2), most=150)
+    again = [t for t in tasks if t.repeat_of]
+    assert 15 <= len(again) <= 45
+    assert len({t.repeat_of for t in again}) == len(again)
+    place = {t.id: n for n, t in enumerate(tasks)}
+    assert all(place[t.id] - place[str(t.repeat_of)] > 5 for t in again)
+    assert with_oneself(choices.choices()) == {"ann": {"agreement": 1.0, "units": len(again)}}
+
+
+def test_what_teaches_most_comes_first(choices: Choices) -> None:
+    """One informative pair a prompt, the most informative first; then the others."""
+    all_items = choices.items()
+    rng = np.random.default_rng(0)
+    information = {item.id: pair_information(rng.normal(0, 2, (3, 4)).tolist()) for item in all_items}
+    tasks = work_through(choices, "ann", Plan(repeats=0.0, information=information), most=4)
+    assert {t.policy for t in tasks} == {"informative"}
+    values = [information[t.item][tuple(sorted(t.shown))] for t in tasks]
+    assert values == sorted(values, reverse=True)
+    assert len({t.item for t in tasks}) == 4
+    assert values[0] == max(float(table.max()) for table in information.values())
+
+
+def test_information_by_hand() -> None:
+    sure_and_split = pair_information([[20.0, -20.0], [-20.0, 20.0]])
+    assert sure_and_split[0, 1] == pytest.approx(math.log(2), abs=1e-6)
+    unsure = pair_information([[0.0, 0.0], [0.0, 0.0]])
+    agreed = pair_information([[3.0, 3.0], [0.0, 0.0]])
+    assert unsure[0, 1] == pytest.approx(0) and agreed[0, 1] == pytest.approx(0)
+    p = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(2))]
+
+    def entropy(x: float) -> float:
+        return -x * math.log(x) - (1 - x) * math.log(1 - x)
+
+    found = pair_information([[1.0, -2.0], [0.0, 0.0]])
+    assert found[0, 1] == pytest.approx(entropy(sum(p) / 2) - sum(map(entropy, p)) / 2)
+    assert np.allclose(found, found.T) and np.all(np.diag(found) == 0)
+
+
+def test_some_pairs_are_for_everybody(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "c.sqlite")
+    choices.add_items(items(60, 3))
+    for name in ("ann", "bo"):
+        choices.add_annotator(name)
+    plan = Plan(repeats=0.0, overlap=0.25)
+    ann, bo = (work_through(choices, name, plan) for name in ("ann", "bo"))
+    assert len(ann) == 180
+    assert 25 <= len(bo) <= 65
+    assert alpha(choices.choices()) == {"alpha": None, "units": len(bo)}  # everybody always said the same
+
+
+def test_units_of_each_kind() -> None:
+    (item,) = items(1, 3)
+    assert units(item, Plan(kind="pair")) == [(item.id, 0, 1), (item.id, 0, 2), (item.id, 1, 2)]
+    assert units(item, Plan(kind="rank")) == [(item.id, 0, 1, 2)]
+    assert units(item, Plan(kind="rank", most=2)) == [(item.id, 0, 1)]
+    assert units(item, Plan(kind="mark")) == [(item.id, 0), (item.id, 1), (item.id, 2)]
+
+
+# --- agreement
+
+
+def test_alpha_by_hand(choices: Choices) -> None:
+    """Four pairs, two people: first first, first second, second second, second second: 1 − 7·2/30."""
+    for item, ann, bo in zip(choices.items(), (0, 0, 1, 1), (0, 1, 1, 1), strict=True):
+        judge(choices, "ann", item, (0, 1), {"better": ann, "worse": 1 - ann})
+        judge(choices, "bo", item, (1, 0), {"better": bo, "worse": 1 - bo})  # the order on the page does not matter
+    found = alpha(choices.choices())
+    assert found["units"] == 4
+    assert found["alpha"] == pytest.approx(1 - 7 * 2 / 30)
+    assert between(choices.choices())["ann"] == {"agreement": 0.75, "units": 4}
+
+
+def test_rankings_speak_of_pairs(choices: Choices) -> None:
+    item = choices.items()[0]
+    judge(choices, "ann", item, (0, 1, 2), {"order": [2, 0, 1]})
+    judge(choices, "bo", item, (2, 1, 0), {"order": [2]})
+    assert between(choices.choices())["ann"] == {
+        "agreement": 1.0,
+        "units": 2,
+    }  # 2 over 0 and over 1; bo left 0 and 1 open
+
+
+def test_skips_and_single_judges_say_nothing(choices: Choices) -> None:
+    item = choices.items()[0]
+    judge(choices, "ann", item, (0, 1), {"skip": True}, kind="pair")
+    judge(choices, "bo", item, (0, 1), {"tie": True})
+    assert alpha(choices.choices()) == {"alpha": None, "units": 0}
+    assert between(choices.choices()) == {}
+
+
+# --- preference rows
+
+
+def test_choices_as_preference_rows(choices: Choices, tmp_path: Path) -> None:
+    a, b, c, d = choices.items()
+    judge(choices, "ann", a, (2, 0), {"better": 2, "worse": 0})
+    judge(choices, "ann", b, (0, 1), {"tie": True, "both_bad": True})
+    judge(choices, "bo", c, (2, 0, 1), {"order": [1, 2]})
+    judge(choices, "bo", a, (0, 1), {"skip": True}, kind="pair")
+    for index, right in ((0, False), (2, True)):
+        judge(choices, "ann", d, (index,), {"right": right})
+    judge(choices, "bo", d, (0,), {"right": True})
+    found = rankings_of(choices)
+    assert [(r.texts, r.ranks, r.ties_equal, r.annotator) for r in found] == [
+        (("answer 0.0", "answer 0.2"), (2.0, 1.0), True, "ann"),
+        (("answer 1.0", "answer 1.1"), (1.0, 1.0), True, "ann"),
+        (("answer 2.0", "answer 2.1", "answer 2.2"), (3.0, 1.0, 2.0), False, "bo"),
+        (("answer 3.0", "answer 3.2"), (2.0, 1.0), False, "ann"),
+    ]
+    assert [r.facts["order"] for r in found] == [[1, 0], [0, 1], [2, 0, 1], [0, 1]]
+    assert found[1].facts["both_bad"] is True
+    write_preferences(tmp_path / "out.jsonl", found)
+    again = read_preferences(tmp_path / "out.jsonl")
+    assert again.rankings == found and again.set_aside == []
+    row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert set(row) == {"messages", "responses", "ranks", "annotator", "time", "order", "id", "policy"}
+
+
+def test_what_is_exported_can_be_imported(choices: Choices, tmp_path: Path) -> None:
+    for n, item in enumerate(choices.items()):
+        judge(choices, "ann", item, (1, 0), {"better": n % 2, "worse": 1 - n % 2})
+        judge(choices, "bo", item, (0, 1, 2), {"order": [2, 0, 1]})
+    exported = rankings_of(choices)
+    other = Choices(tmp_path / "other.sqlite")
+    assert import_rankings(other, exported) == 8
+    again = rankings_of(other)
+    keep = [(r.prompt.id, r.texts, r.ranks, r.annotator, r.facts["order"]) for r in exported]
+    assert [(r.prompt.id, r.texts, r.ranks, r.annotator, r.facts["order"]) for r in again] == keep
+    assert Counter(c.task.policy for c in other.choices()) == {"import": 8}
+
+
+def test_a_ranking_with_equals_is_imported_as_pairs(tmp_path: Path) -> None:
+    ranking = Ranking(prompt=Prompt.from_text("x"), texts=("a", "b", "c"), ranks=(1.0, 1.0, 2.0))
+    choices = Choices(tmp_path / "c.sqlite")
+    assert import_rankings(choices, [ranking]) == 3
+    assert sorted((r.texts, r.ranks) for r in rankings_of(choices)) == [
+        (("a", "b"), (1.0, 1.0)),
+        (("a", "c"), (1.0, 2.0)),
+        (("b", "c"), (1.0, 2.0)),
+    ]
+
+
+# --- what there is to judge
+
+
+def test_items_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "x", "responses": ["a", "b", "a"]}\n{"prompt": "y", "responses": ["a", "a"]}\n')
+    assert [i.responses for i in read_items(path)] == [("a", "b")]
+    for bad, reason in (
+        ('{"prompt": "x"}', "rows.jsonl:1: responses: expected a list of texts"),
+        ('{"responses": ["a", "b"]}', "rows.jsonl:1: expected `prompt`"),
+        ("{", "rows.jsonl:1: not valid JSON"),
+        ("", "no prompt with at least two different answers"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(DataError, match=reason):
+            read_items(path)
