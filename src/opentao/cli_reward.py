@@ -81,21 +81,32 @@ def reward_train(
 def reward_eval(
     model: Annotated[str, typer.Option("--model", help="Reward model: folder or hub name.")],
     pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Preferences, JSONL or Parquet.")],
+    truth: Annotated[
+        Path | None, typer.Option("--truth", metavar="FILE", help="Rows with prompt, responses and their values.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write a page and a model card.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How often a reward model agrees with people's choices, beside the longer-answer baseline."""
+    """Test a reward model: people, calibration, length, alarms, answers that cheat."""
     from opentao.preferences import read_preferences
-    from opentao.reward_eval import accuracy
+    from opentao.reward_eval import evaluate_reward_model
     from opentao.reward_model import RewardModel
+    from opentao.reward_report import headline, write_reward_report
+    from opentao.truth import read_truths
 
     found = read_preferences(pairs)
+    if not any(r.pairs for r in found.rankings):
+        raise DataError(f"{pairs}: no two answers of different rank")
+    truths = read_truths(truth) if truth else []
     prepare_process()
     with Progress() as progress:
-        facts = accuracy(RewardModel.load(model).for_scoring(), found.rankings, progress)
-    a, b = facts["accuracy"], facts["longer_wins"]
-    span = f"{a['low']:.3f} to {a['high']:.3f}, {facts['pairs']} pairs"
-    text = f"accuracy {a['mean']:.3f} ({span}); the longer answer wins {b['mean']:.3f}"
-    emit(facts | {"set_aside": len(found.set_aside)}, as_json, text)
+        facts = evaluate_reward_model(RewardModel.load(model).for_scoring(), found.rankings, progress, truths)
+    facts["set_aside"] = len(found.set_aside)
+    text = headline(facts)
+    if out is not None:
+        page = write_reward_report(out, Path(model).name, pairs.name, facts)
+        text += f" -> {page}"
+    emit(facts, as_json, "\n".join([text, *(f"alarm: {alarm}" for alarm in facts["alarms"])]))
 
 
 @reward_app.command("calibrate")

@@ -124,7 +124,7 @@ def _ranking(row: Any) -> Ranking:
         raise ValueError(f"expected an object, got {type(row).__name__}")
     messages = messages_of(row)
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        texts = (_answer(row, "chosen"), _answer(row, "rejected"))
+        texts: tuple[str, ...] = (_answer(row, "chosen"), _answer(row, "rejected"))
         ranks: tuple[float, ...] = (1.0, 2.0)
     else:
         texts, ranks = _ranked(row)

@@ -15,18 +15,15 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from opentao.charts import Chart, Level, Series, draw
 from opentao.errors import DataError
-from opentao.progress import duration
-from opentao.show import visible
+from opentao.pages import load_template
 from opentao.summary import (
     Answer,
     Audit,
@@ -36,13 +33,7 @@ from opentao.summary import (
     Round,
     Sample,
     Summary,
-    interval,
-    number,
-    percent,
-    percent_interval,
     read,
-    share,
-    signed,
 )
 
 NUM_PAIRS = 10
@@ -62,7 +53,8 @@ def write_report(directory: Path) -> Path:
     after = summary.shown
     tuned = read(Evaluation, directory / f"round-{after.round}" / "eval.json") if after else None
     config = directory / "config.yaml"
-    page = _template().render(
+    rewards = {"reward": lambda value: "unscored" if value is None else f"{value:.3g}".replace("-", "−")}
+    page = load_template("report.html.j2", rewards | {"worst_canary": worst_canary}).render(
         run=summary,
         base=summary.base,
         after=after,
@@ -77,29 +69,6 @@ def write_report(directory: Path) -> Path:
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _template() -> Template:
-    """The page with escaping on for every value, and an error for a name that does not exist."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless, trim_blocks=True)
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "interval": interval,
-        "percent": percent,
-        "percent_interval": percent_interval,
-        "share": share,
-        "worst_canary": worst_canary,
-        "duration": duration,
-        "reward": lambda value: "unscored" if value is None else f"{value:.3g}".replace("-", "−"),
-    }
-    source = (files("opentao") / "data" / "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def _harmless(value: Any) -> Any:
-    """Control characters in text from outside are spelled out; our own markup passes."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # --------------------------------------------------------------------------------------------------- best of k

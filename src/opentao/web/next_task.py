@@ -41,7 +41,8 @@ def pair_information(heads_NK: Sequence[Sequence[float]]) -> NDArray[np.float64]
     scores = np.asarray(heads_NK, dtype=np.float64)
     difference = scores[:, None, :] - scores[None, :, :]
     p = 1 / (1 + np.exp(-np.clip(difference, -30, 30)))
-    return np.maximum(_entropy(p.mean(-1)) - _entropy(p).mean(-1), 0.0)
+    found: NDArray[np.float64] = np.maximum(_entropy(p.mean(-1)) - _entropy(p).mean(-1), 0.0)
+    return found
 
 
 def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:

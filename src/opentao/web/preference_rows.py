@@ -28,7 +28,9 @@ def _ranking(choice: Choice, item: Item) -> Ranking | None:
     facts = _facts(choice)
     if choice.task.kind == "pair":
         a, b = sorted(shown)
-        ranks = (1.0, 1.0) if "tie" in answer else (1.0, 2.0) if answer["better"] == a else (2.0, 1.0)
+        ranks: tuple[float, ...] = (
+            (1.0, 1.0) if "tie" in answer else (1.0, 2.0) if answer["better"] == a else (2.0, 1.0)
+        )
         facts |= {"both_bad": True} if answer.get("both_bad") else {}
         return _build(item, (a, b), ranks, choice.task.annotator, facts, ties_equal=True)
     order = answer["order"]
@@ -99,7 +101,7 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
         choices.add_items([item])
         kind, answer = _as_answer(ranking, item)
         order = ranking.facts.get("order")
-        places = order if _is_order(order, ranking) else range(len(ranking.texts))
+        places: Sequence[int] = order if order is not None and _is_order(order, ranking) else range(len(ranking.texts))
         shown = dict.fromkeys(item.responses.index(ranking.texts[i]) for i in places)
         task = choices.add_task(name, item.id, kind, list(shown), "import")
         added += choices.choose(task, answer)
