@@ -253,8 +253,8 @@ def check_answer(task: Task, answer: dict[str, Any]) -> None:
         good = tie or (set(answer) == {"better", "worse"} and sorted(answer.values()) == sorted(task.shown))
     elif task.kind == "rank":
         order = answer.get("order")
-        listed = isinstance(order, list) and set(answer) == {"order"}
-        good = listed and 0 < len(order) == len(set(order)) and set(order) <= set(task.shown)
+        good = isinstance(order, list) and set(answer) == {"order"} and 0 < len(order) == len(set(order))
+        good = good and set(order or ()) <= set(task.shown)
     else:
         good = set(answer) == {"right"} and isinstance(answer["right"], bool)
     if not good:
