@@ -43,59 +43,74 @@ def build_app(choices: Choices, plan: Plan, *, hosts: Sequence[str] = ("127.0.0.
     """The application. `hosts`: names under which it may be asked for, so that a stranger's page cannot rebind one."""
     app = FastAPI(title="tao label", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    page = _template()
+    app.middleware("http")(_with_headers)
+    pages = Pages(choices, plan)
+    app.add_api_route("/", pages.show, methods=["GET"], response_model=None)
+    app.add_api_route("/choose", pages.choose, methods=["POST"], response_model=None)
+    app.add_api_route("/undo", pages.undo, methods=["POST"], response_model=None)
+    app.add_api_route("/static/{name}", static, methods=["GET"], response_model=None)
+    return app
 
-    @app.middleware("http")
-    async def _headers(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
 
-    @app.get("/static/{name}")
-    def static(name: str) -> Response:
-        if name not in STATIC:
-            return Response(status_code=404)
-        return Response((files("opentao") / "data" / name).read_bytes(), media_type=STATIC[name])
+async def _with_headers(request: Request, call_next: Any) -> Response:
+    response: Response = await call_next(request)
+    response.headers.update(HEADERS)
+    return response
 
-    @app.get("/")
-    def show(
-        token: str | None = None, whole: bool = False, opentao_label: Annotated[str | None, Cookie()] = None
-    ) -> Response:
-        if token is not None and choices.annotator_of(token) is not None:
+
+def static(name: str) -> Response:
+    """Script and style sheet; nothing else of the data folder."""
+    if name not in STATIC:
+        return Response(status_code=404)
+    return Response((files("opentao") / "data" / name).read_bytes(), media_type=STATIC[name])
+
+
+class Pages:
+    """The page and its two forms. Every answer is a redirect back to the page, so a reload sends nothing again."""
+
+    def __init__(self, choices: Choices, plan: Plan) -> None:
+        self.choices = choices
+        self.plan = plan
+        self.template = _template()
+
+    def show(self, token: str | None = None, opentao_label: Annotated[str | None, Cookie()] = None) -> Response:
+        """The next task; with a valid `token` first a cookie, and an address without it."""
+        if token is not None and self.choices.annotator_of(token) is not None:
             response = RedirectResponse("/", status_code=303)
             response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
             return response
-        annotator = choices.annotator_of(opentao_label or "")
+        annotator = self.choices.annotator_of(opentao_label or "")
         if annotator is None:
-            return HTMLResponse(page.render(denied=DENIED), status_code=403)
-        task = next_task(choices, annotator, plan)
-        return HTMLResponse(page.render(denied=None, **_facts(choices, plan, annotator, task)))
+            return self._denied()
+        task = next_task(self.choices, annotator, self.plan)
+        return HTMLResponse(self.template.render(denied=None, **_facts(self.choices, self.plan, annotator, task)))
 
-    @app.post("/choose")
     def choose(
+        self,
         task: Annotated[str, Form()],
         answer: Annotated[str, Form()],
         opentao_label: Annotated[str | None, Cookie()] = None,
     ) -> Response:
-        annotator = choices.annotator_of(opentao_label or "")
-        found = choices.task(task)
+        """Record the answer of the pressed button. A task is its owner's alone, and its id cannot be guessed."""
+        annotator = self.choices.annotator_of(opentao_label or "")
+        found = self.choices.task(task)
         if annotator is None or found is None or found.annotator != annotator:
-            return HTMLResponse(page.render(denied=DENIED), status_code=403)
+            return self._denied()
         try:
-            choices.choose(found, parse_answer(found, answer))
+            self.choices.choose(found, parse_answer(found, answer))
         except DataError as error:
             return Response(str(error), status_code=422, media_type="text/plain")
         return RedirectResponse("/", status_code=303)
 
-    @app.post("/undo")
-    def undo(opentao_label: Annotated[str | None, Cookie()] = None) -> Response:
-        annotator = choices.annotator_of(opentao_label or "")
+    def undo(self, opentao_label: Annotated[str | None, Cookie()] = None) -> Response:
+        annotator = self.choices.annotator_of(opentao_label or "")
         if annotator is None:
-            return HTMLResponse(page.render(denied=DENIED), status_code=403)
-        choices.undo(annotator)
+            return self._denied()
+        self.choices.undo(annotator)
         return RedirectResponse("/", status_code=303)
 
-    return app
+    def _denied(self) -> Response:
+        return HTMLResponse(self.template.render(denied=DENIED), status_code=403)
 
 
 def parse_answer(task: Task, text: str) -> dict[str, Any]:

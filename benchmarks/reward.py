@@ -1,0 +1,223 @@
+"""Reward models on people's choices: python benchmarks/reward.py {curve,peer,people} [--data DIR]
+
+Data: the three helpful files of hh-rlhf and pandalm-human, as `../shared/data` holds them; not part of the package. A
+row of hh-rlhf tests if the first byte of the sha256 of what comes before the last answer is below 52, else it trains.
+
+    curve    accuracy, calibration and loss on all test rows after 250 to 4,000 training pairs, guided and random head
+    peer     the same training steps by TRL's RewardTrainer: pairs a second in turn, accuracy on the same test rows,
+    paired people   the model of `curve` on pandalm-human: agreement with its three annotators, beside their own
+
+Everything is kept in reward_results.json as it comes, and what is there is not done again; RESULTS.md shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opentao.allocator import use_large_pages
+from opentao.bestofn import paired_difference
+from opentao.models import DEFAULT_MODEL
+from opentao.preferences import Ranking, write_preferences
+from opentao.progress import Progress
+from opentao.reward_eval import agreement_with_people, annotators, by_subset, calibration, length_bias, score_rankings
+from opentao.reward_model import RewardModel
+from opentao.reward_train import RewardTraining, train_to_folder
+from opentao.types import Prompt, content_hash
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "reward_results.json"
+FILES = {name: f"helpful-{name}.test.jsonl.gz" for name in ("base", "online", "rejection-sampled")}
+TEST_BELOW = 52
+SIZES = (250, 500, 1000, 2000, 4000)
+LONGEST = 2000  # characters of a conversation; longer ones are left out of training, not of the test
+SETTINGS = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, held_out=0.1)
+SECONDS = 60 * 60
+
+
+def read_hh(folder: Path) -> tuple[list[Ranking], list[Ranking]]:
+    """(train, test) of the three files, each row with its file as `subset`."""
+    sides: tuple[list[Ranking], list[Ranking]] = ([], [])
+    for subset, name in FILES.items():
+        with gzip.open(folder / "hh-rlhf" / name, "rt", encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                context, cut, _ = row["chosen"].rpartition("\n\nAssistant:")
+                if not cut or row["chosen"] == row["rejected"]:
+                    continue
+                first = hashlib.sha256(context.encode()).digest()[0]
+                if (ranking := _ranking(context, row, subset)) is not None:
+                    sides[first < TEST_BELOW].append(ranking)
+    return sides
+
+
+def _ranking(context: str, row: dict[str, str], subset: str) -> Ranking | None:
+    """The dialogue as turns; None if the two answers do not share it."""
+    if not row["rejected"].startswith(context + "\n\nAssistant:"):
+        return None
+    turns = []
+    for part in context.split("\n\nHuman:")[1:]:
+        human, *answers = part.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": human.strip()})
+        turns += [{"role": "assistant", "content": a.strip()} for a in answers]
+    texts = tuple(row[side][len(context) + len("\n\nAssistant:") :].strip() for side in ("chosen", "rejected"))
+    if not turns or turns[-1]["role"] != "user" or texts[0] == texts[1]:
+        return None
+    return Ranking(prompt=Prompt(messages=tuple(turns)), texts=texts, ranks=(1.0, 2.0), subset=subset)
+
+
+def read_pandalm(folder: Path) -> list[Ranking]:
+    """One ranking an item and annotator."""
+    found = []
+    for row in json.loads((folder / "pandalm-human" / "testset-v1.json").read_text(encoding="utf-8")):
+        asked = "\n\n".join(str(part) for part in (row["instruction"], row["input"]) if part)
+        texts = (str(row["response1"]), str(row["response2"]))
+        if texts[0] == texts[1]:
+            continue
+        for name in ("annotator1", "annotator2", "annotator3"):
+            ranks = {0: (1.0, 1.0), 1: (1.0, 2.0), 2: (2.0, 1.0)}[row[name]]
+            found.append(Ranking(prompt=Prompt.from_text(asked), texts=texts, ranks=ranks, annotator=name))
+    return found
+
+
+def training_rows(rankings: list[Ranking], number: int) -> list[Ranking]:
+    """The first `number` in an order that does not depend on the number, so that a larger set holds the smaller."""
+    short = [r for r in rankings if sum(len(m["content"]) for m in r.prompt.messages) + len(r.texts[0]) < LONGEST]
+    return sorted(short, key=lambda r: content_hash(r.prompt.id, r.texts))[:number]
+
+
+def judge(model: RewardModel, test: list[Ranking]) -> dict[str, Any]:
+    scores = score_rankings(model, test, Progress(quiet=True))
+    facts = agreement_with_people(test, scores)
+    facts |= {"subsets": by_subset(test, scores), "calibration": calibration(test, scores)}
+    facts |= {"length": length_bias(test, scores), "hits": [float(a > b) for a, b in scores]}
+    return facts
+
+
+def curve(folder: Path, work: Path) -> None:
+    """Every size with both heads, the smallest first."""
+    train, test = read_hh(folder)
+    print(f"{len(train)} training rows, {len(test)} test rows", flush=True)
+    for size in SIZES:
+        for head in ("guided", "random"):
+            name = f"curve-{head}-{size}"
+            if name in kept():
+                continue
+            start = time.perf_counter()
+            out = work / name
+            shutil.rmtree(out, ignore_errors=True)
+            settings = replace(SETTINGS, head=head)
+            facts = train_to_folder(DEFAULT_MODEL, training_rows(train, size), settings, out, Progress(quiet=True))
+            seconds = time.perf_counter() - start
+            facts |= {"seconds": seconds, "test": judge(RewardModel.load(str(out)).for_scoring(), test)}
+            keep(name, facts)
+
+
+def people(folder: Path, work: Path) -> None:
+    """The largest guided model on the choices of three annotators, on prompts of another kind."""
+    rankings = read_pandalm(folder)
+    decided = [r for r in rankings if r.pairs]
+    model = RewardModel.load(str(work / f"curve-guided-{SIZES[-1]}")).for_scoring()
+    scores = score_rankings(model, decided, Progress(quiet=True))
+    keep("people", annotators(decided, scores) | {"all": agreement_with_people(decided, scores)})
+
+
+def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
+    """The same pairs, steps, learning rate and adapter in both; three runs of each in turn for the time."""
+    train, test = read_hh(folder)
+    rows = training_rows(train, pairs)
+    settings = replace(SETTINGS, held_out=0.0)
+    path = work / "peer.jsonl"
+    write_preferences(path, rows)
+    seconds: dict[str, list[float]] = {"opentao": [], "trl": []}
+    for turn in range(3):
+        out = work / f"peer-opentao-{turn}"
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.perf_counter()
+        train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
+        seconds["opentao"].append(time.perf_counter() - start)
+        seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings))
+    ours = judge(RewardModel.load(str(work / "peer-opentao-0")).for_scoring(), test)
+    theirs = judge(RewardModel.load(str(work / "peer-trl")).for_scoring(), test)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    keep(
+        "peer",
+        {
+            "pairs": pairs,
+            "seconds": seconds,
+            "pairs_per_second": {name: pairs / s for name, s in medians.items()},
+            "times_faster": medians["trl"] / medians["opentao"],
+            "accuracy": {"opentao": ours["accuracy"], "trl": theirs["accuracy"]},
+            "difference": paired_difference(ours["hits"], theirs["hits"]).as_dict(),
+        },
+    )
+
+
+def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining) -> float:
+    """One whole training by RewardTrainer in its own environment; returns the seconds that it says training took."""
+    shutil.rmtree(out, ignore_errors=True)
+    asked = {
+        "pairs": str(pairs),
+        "out": str(out),
+        "model": _classifier(out.parent),
+        "lr": settings.lr,
+        "rank": settings.lora_rank,
+        "batch": settings.rankings_per_step,
+    }
+    command = [str(environment / "bin" / "python"), str(HERE / "reward_trl.py"), json.dumps(asked)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def _classifier(work: Path) -> str:
+    """The guided model before any training, so that both start from the same weights and the same template."""
+    folder = work / "start"
+    if not folder.exists():
+        RewardModel.from_causal_lm(DEFAULT_MODEL).save(folder)
+    return str(folder)
+
+
+def kept() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
+def keep(name: str, facts: dict[str, Any]) -> None:
+    facts.get("test", {}).pop("hits", None)
+    RESULTS.write_text(json.dumps(kept() | {name: facts}, indent=1) + "\n")
+    print(name, json.dumps(facts.get("test", facts).get("accuracy")), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["curve", "peer", "people"])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "opentao-reward")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--peer-env", type=Path, default=HERE / "envs" / "trl")
+    given = parser.parse_args()
+    if not (given.data / "hh-rlhf").is_dir():
+        sys.exit(f"{given.data}: no hh-rlhf there; see --data")
+    given.work.mkdir(parents=True, exist_ok=True)
+    use_large_pages()
+    if given.what == "curve":
+        curve(given.data, given.work)
+    elif given.what == "people":
+        people(given.data, given.work)
+    else:
+        peer(given.data, given.work, given.pairs, given.peer_env)
+
+
+if __name__ == "__main__":
+    main()
