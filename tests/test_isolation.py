@@ -17,7 +17,7 @@ isolated = pytest.mark.skipif(bool(missing_layers()), reason=f"this machine lack
 
 def run_code(*codes: str, **limits: Any) -> list[Any]:
     jobs = [{"code": code, "calls": [{"function": "f"}]} for code in codes]
-    return run_jobs("python_child.py", {}, jobs, Limits(**{"seconds": 2.0} | limits))
+    return run_jobs("opentao.isolation.python_child", {}, jobs, Limits(**{"seconds": 2.0} | limits))
 
 
 @isolated
@@ -97,8 +97,8 @@ def test_seccomp_kills_calls_of_another_table() -> None:
 
 
 def test_a_child_that_cannot_start_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"did not start: .*No such file"):
-        run_jobs("no_such_child.py", {}, [1], Limits(), isolation="process")
+    with pytest.raises(RuntimeError, match=r"did not start: .*No module named"):
+        run_jobs("opentao.isolation.no_such_child", {}, [1], Limits(), isolation="process")
 
 
 def test_without_isolation_it_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

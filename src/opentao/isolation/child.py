@@ -1,4 +1,4 @@
-"""What every child does first and last. Standard library only; imported by its siblings through their own folder."""
+"""What every child does first and last. Standard library only: a child starts in the time that Python takes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import restrict  # type: ignore[import-not-found]  # its neighbour: a child is started by path
+from opentao.isolation import restrict
 
 Answer = Callable[[Any], Any]
 
 
-def serve(prepare: Callable[[dict[str, Any]], Answer]) -> None:
-    """Read the order, `prepare` (imports), lock the door, then answer job after job, one line each."""
-    with open(sys.argv[1], encoding="utf-8") as file:
+def serve(path: str, prepare: Callable[[dict[str, Any]], Answer]) -> None:
+    """Read the order at `path`, `prepare` (imports), lock the door, then answer job after job, one line each."""
+    with open(path, encoding="utf-8") as file:
         order = json.load(file)
-    os.unlink(sys.argv[1])
+    os.unlink(path)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):

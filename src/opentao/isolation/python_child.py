@@ -7,13 +7,9 @@ never come here. What it says of test code is a word that the answer is not told
 from __future__ import annotations
 
 import json
-import os
-import sys
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-from child import Answer, serve  # type: ignore[import-not-found]
+from opentao.isolation.child import Answer, serve
 
 MAX_MESSAGE = 200
 
@@ -52,5 +48,5 @@ def _words(error: BaseException) -> str:
         return "an exception that cannot be written out"
 
 
-if __name__ == "__main__":
-    serve(prepare)
+def main(path: str) -> None:
+    serve(path, prepare)

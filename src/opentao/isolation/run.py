@@ -1,8 +1,8 @@
 """The parent's side: start a child, give it jobs, read one line a job, kill it when it is late.
 
-A child is one of the scripts beside this file. It writes an empty line when it is ready, then one line of JSON a job,
-in order. If it dies or is late, the job at hand is `Broken` and a new child gets the rest, so one hostile answer costs
-its own verdict and no other.
+A child is one of the modules beside this file, by its `main`. It writes an empty line when it is ready, then one line
+of JSON a job, in order. If it dies or is late, the job at hand is `Broken` and a new child gets the rest, so one
+hostile answer costs its own verdict and no other.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any, Literal
 from opentao.isolation import restrict
 
 Isolation = Literal["full", "process"]
+HOME = Path(__file__).parent.parent.parent  # where `opentao` is imported from
+START = "import sys, importlib; sys.path.insert(0, sys.argv[1]); importlib.import_module(sys.argv[2]).main(sys.argv[3])"
 START_SECONDS = 30.0  # for the child to be ready: its imports, on a machine that is busy
 KINDS = {"timeout", "crashed", "too_much_output"}
 
@@ -63,7 +65,7 @@ def require(isolation: Isolation) -> None:
 
 
 def run_jobs(
-    script: str,
+    module: str,
     setup: dict[str, Any],
     jobs: Sequence[Any],
     limits: Limits,
@@ -71,21 +73,21 @@ def run_jobs(
     readable: Sequence[str] = (),
     isolation: Isolation = "full",
 ) -> list[Any]:
-    """What the child `script` answers to each job (any JSON), or `Broken`. `setup` goes to every child.
+    """What the child `module` answers to each job (any JSON), or `Broken`. `setup` goes to every child.
 
     Raises:
         RuntimeError: a child could not start; its own words.
     """
     found: list[Any] = []
     while len(found) < len(jobs):
-        with _child(script, setup, jobs[len(found) :], limits, readable, isolation) as child:
+        with _child(module, setup, jobs[len(found) :], limits, readable, isolation) as child:
             found += _answers(child, len(jobs) - len(found), limits)
     return found
 
 
 @contextmanager
 def _child(
-    script: str,
+    module: str,
     setup: dict[str, Any],
     jobs: Sequence[Any],
     limits: Limits,
@@ -106,7 +108,7 @@ def _child(
         path = Path(folder) / "order.json"
         path.write_text(json.dumps(order))
         child = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(Path(__file__).parent / script), str(path)],
+            [sys.executable, "-I", "-B", "-c", START, str(HOME), module, str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -7,8 +7,6 @@ refuse whatever is not (SQLite's authoriser; DuckDB without external access, its
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -16,11 +14,10 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 import sqlglot
-from child import Answer, serve  # type: ignore[import-not-found]
 from sqlglot import exp
+
+from opentao.isolation.child import Answer, serve
 
 QUERIES = (exp.Select, exp.SetOperation, exp.Subquery, exp.Values)
 NOT_IN_QUERIES = (
@@ -227,5 +224,5 @@ def digest(lines: list[str]) -> str:
     return hashlib.sha256("\x1e".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-if __name__ == "__main__":
-    serve(prepare)
+def main(path: str) -> None:
+    serve(path, prepare)

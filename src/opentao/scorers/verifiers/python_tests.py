@@ -65,7 +65,7 @@ class PythonTests(Verifier):
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any] | Rating:
         """What the child says, or the rating of an answer that broke a limit."""
-        (answer,) = run_jobs("python_child.py", {}, [job], self._limits, isolation=self.isolation)
+        (answer,) = run_jobs("opentao.isolation.python_child", {}, [job], self._limits, isolation=self.isolation)
         if not isinstance(answer, dict | Broken):
             return 0.0  # the answer wrote this line, not the child
         if isinstance(answer, dict):

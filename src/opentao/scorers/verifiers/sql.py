@@ -23,6 +23,7 @@ from opentao.scorers.verifiers.base import ARGS, Unscored, Verifier, as_text, me
 from opentao.scorers.verifiers.text import last_fence
 from opentao.types import Group, Prompt
 
+CHILD = "opentao.isolation.sql_child"
 LEVELS = ("parses", "runs", "non_empty", "majority", "gold")
 OVER = {"timeout", "memory", "too_many_rows", "crashed", "too_much_output"}
 FIELD = re.compile(r"\{(\w+)\}")
@@ -93,7 +94,9 @@ class Sql(Verifier):
         queries = [query_of(r.text) for r in group.responses]
         if self.gold is not None:
             queries.append(meta_text(group.prompt, self.gold))
-        answers = run_jobs("sql_child.py", setup, queries, self._limits, readable=[str(path)], isolation=self.isolation)
+        answers = run_jobs(
+            "opentao.isolation.sql_child", setup, queries, self._limits, readable=[str(path)], isolation=self.isolation
+        )
         outcomes = [{"state": a.kind, "message": a.message} if isinstance(a, Broken) else a for a in answers]
         if self.gold is None:
             return outcomes, None
