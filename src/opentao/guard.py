@@ -19,7 +19,7 @@ from opentao.canaries import canaries
 from opentao.evaluate import Evaluation
 from opentao.scorers.run import score_groups
 from opentao.session import Session
-from opentao.types import Group, Prompt, Response, content_hash
+from opentao.types import Group, content_hash
 
 CANARY_PROMPTS = 16  # held-out prompts that canaries answer
 Values = NDArray[np.float64]
@@ -31,7 +31,7 @@ def canary_rewards(session: Session) -> dict[str, list[float | None]]:
     key = content_hash([p.id for p in prompts], session.scorers_key)
     if not session.run.have(name, key):
         texts = [canaries(p.text) for p in prompts]
-        groups = [_group(p, list(t.values())) for p, t in zip(prompts, texts, strict=True)]
+        groups = [Group.of_texts(p, list(t.values())) for p, t in zip(prompts, texts, strict=True)]
         with session.progress.stage("score", total=len(groups), unit="groups", label="canaries: score") as step:
             scored = score_groups(groups, session.scorers, session.weights, session.gates)
             step.advance(len(groups))
@@ -39,14 +39,6 @@ def canary_rewards(session: Session) -> dict[str, list[float | None]]:
         session.run.write_json(name, key, {c: [row[i] for row in rows] for i, c in enumerate(texts[0])})
     found: dict[str, list[float | None]] = session.run.read_json(name)
     return found
-
-
-def _group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    responses = tuple(
-        Response(id=str(i), text=text, tokens_R=(), sampler_logprobs_R=(), finish="stop")
-        for i, text in enumerate(texts)
-    )
-    return Group(prompt=prompt, responses=responses)
 
 
 def canary_shares(rewards: dict[str, list[float | None]], first_P: Values) -> dict[str, float | None]:

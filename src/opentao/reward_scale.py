@@ -13,7 +13,7 @@ from opentao.bestofn import bootstrap
 from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.scorers.run import run_scorer_many
-from opentao.types import Group, Response, Scorer
+from opentao.types import Group, Scorer
 
 SCALES = (1e-3, 1e3)  # how far calibration may stretch or shrink scores
 TOGETHER = 16  # groups scored in one call
@@ -72,15 +72,6 @@ def log_loss(differences: Sequence[float], wins: Sequence[float], scale: float) 
     return float((w * np.logaddexp(0, -d) + (1 - w) * np.logaddexp(0, d)).mean())
 
 
-def ranking_group(ranking: Ranking) -> Group:
-    """The answers of a ranking as a group that any scorer takes. Their tokens are not known."""
-    responses = tuple(
-        Response(id=str(i), text=text, tokens_R=(), sampler_logprobs_R=(), finish="stop")
-        for i, text in enumerate(ranking.texts)
-    )
-    return Group(prompt=ranking.prompt, responses=responses)
-
-
 def calibrate_scorer(scorer: Scorer, rankings: Sequence[Ranking], progress: Progress) -> dict[str, Any]:
     """Score every ranking and fit the scale; what the file of ``tao reward calibrate`` holds.
 
@@ -91,7 +82,7 @@ def calibrate_scorer(scorer: Scorer, rankings: Sequence[Ranking], progress: Prog
     unscored: dict[str, int] = {}
     with progress.stage("score", total=len(rankings), unit="prompts", label="score preferences") as step:
         for start in range(0, len(rankings), TOGETHER):
-            groups = [ranking_group(r) for r in rankings[start : start + TOGETHER]]
+            groups = [Group.of_texts(r.prompt, r.texts) for r in rankings[start : start + TOGETHER]]
             for found in run_scorer_many(scorer, groups):
                 scores.append([s.value for s in found])
                 for s in found:

@@ -124,6 +124,15 @@ class Group:
             if len(values) != N:
                 raise ValueError(f"group {self.prompt.id}: {name} has {len(values)} values for {N} responses")
 
+    @classmethod
+    def of_texts(cls, prompt: Prompt, texts: Sequence[str]) -> Group:
+        """Answers from elsewhere, to be scored: their tokens are not known, so nothing can be trained on them."""
+        responses = tuple(
+            Response(id=str(i), text=text, tokens_R=(), sampler_logprobs_R=(), finish="stop")
+            for i, text in enumerate(texts)
+        )
+        return cls(prompt=prompt, responses=responses)
+
     @property
     def scored(self) -> tuple[int, ...]:
         """Indices of the responses that have a reward."""

@@ -94,9 +94,7 @@ class Sql(Verifier):
         queries = [query_of(r.text) for r in group.responses]
         if self.gold is not None:
             queries.append(meta_text(group.prompt, self.gold))
-        answers = run_jobs(
-            "opentao.isolation.sql_child", setup, queries, self._limits, readable=[str(path)], isolation=self.isolation
-        )
+        answers = run_jobs(CHILD, setup, queries, self._limits, readable=[str(path)], isolation=self.isolation)
         outcomes = [{"state": a.kind, "message": a.message} if isinstance(a, Broken) else a for a in answers]
         if self.gold is None:
             return outcomes, None
