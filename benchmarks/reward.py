@@ -36,6 +36,9 @@ from opentao.reward_model import RewardModel
 from opentao.reward_train import RewardTraining, train_to_folder
 from opentao.types import Prompt, content_hash
 
+sys.path.insert(0, str(Path(__file__).parent))
+from run import write_page  # its neighbour
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "reward_results.json"
 FILES = {name: f"helpful-{name}.test.jsonl.gz" for name in ("base", "online", "rejection-sampled")}
@@ -196,6 +199,7 @@ def kept() -> dict[str, Any]:
 def keep(name: str, facts: dict[str, Any]) -> None:
     facts.get("test", {}).pop("hits", None)
     RESULTS.write_text(json.dumps(kept() | {name: facts}, indent=1) + "\n")
+    write_page()
     print(name, json.dumps(facts.get("test", facts).get("accuracy")), flush=True)
 
 

@@ -180,11 +180,11 @@ def bars(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]
     return rows
 
 
-def page(results: dict[str, Any], gpu: dict[str, Any]) -> str:
+def page(results: dict[str, Any], gpu: dict[str, Any], reward: dict[str, Any]) -> str:
     """RESULTS.md."""
     parts = [
-        "# Measured\n\nWritten by `benchmarks/run.py` and `benchmarks/gpu.py`; do not edit. How to repeat it:"
-        " [README.md](README.md). Systems took turns in one run, at equal work: every system made exactly as many"
+        "# Measured\n\nWritten by `benchmarks/run.py`, `benchmarks/gpu.py` and `benchmarks/reward.py`; do not edit. How to"
+        " repeat it: [README.md](README.md). Systems took turns in one run, at equal work: every system made exactly as many"
         " tokens. Seconds are medians, with the range of all runs. Memory is the most that a system's processes held.\n"
     ]
     for title, found in (("On a CPU", results), ("On a GPU", gpu)):
@@ -200,7 +200,53 @@ def page(results: dict[str, Any], gpu: dict[str, Any]) -> str:
             parts.append("\n".join(["| | measured | bar | held |", "|---|---|---|---|", *lines]) + "\n")
         for name, result in found.items():
             parts.append(f"### {name}\n\n{result['machine']}, {result['date']}.\n\n{_section(result)}")
-    return "\n".join(parts)
+    return "\n".join([*parts, *reward_sections(reward)])
+
+
+def reward_sections(found: dict[str, Any]) -> list[str]:
+    """What `benchmarks/reward.py` measured, if it did."""
+    parts = ["## Reward models on people's choices\n"]
+    if not found:
+        return [*parts, "Not measured: `benchmarks/reward.py` needs the data beside the project.\n"]
+    curve = {name: facts for name, facts in found.items() if name.startswith("curve-")}
+    if curve:
+        parts.append(
+            "hh-rlhf, helpful: a model of 135M trained on so many pairs and tested on all test rows, beside “the longer"
+            " answer wins” on the same rows. Intervals are over rows.\n\n"
+            "| head | pairs | accuracy | over “longer” | calibration error | nats a choice | seconds |\n"
+            "|---|---|---|---|---|---|---|"
+        )
+        parts += [_curve_row(name, facts) for name, facts in curve.items()]
+        test = next(iter(curve.values()))["test"]
+        subsets = ", ".join(f"{n} {own['longer_wins']['mean']:.2f}" for n, own in test["subsets"].items())
+        parts.append(f"\n“The longer answer wins”: {_mean(test['longer_wins'])}; {subsets}.\n")
+    if peer := found.get("peer"):
+        speed = ", ".join(f"{name} {value:.2f}" for name, value in peer["pairs_per_second"].items())
+        parts.append(
+            f"Against TRL's RewardTrainer, the same {peer['pairs']} pairs, steps, adapter and start: pairs a second"
+            f" {speed}, **{peer['times_faster']:.2f}×**; held-out accuracy {_mean(peer['accuracy']['opentao'])} against"
+            f" {_mean(peer['accuracy']['trl'])}, paired difference {_mean(peer['difference'])}.\n"
+        )
+    if people := found.get("people"):
+        names = ", ".join(f"{name} {_mean(own)}" for name, own in people["model_human"].items())
+        parts.append(
+            f"pandalm-human, {people['pairs']} pairs that several people judged: people with each other"
+            f" {_mean(people['human_human'])}; the model with their majority {_mean(people['model_majority'])}, with"
+            f" each: {names}; “the longer answer wins” {_mean(people['all']['longer_wins'])}.\n"
+        )
+    return parts
+
+
+def _curve_row(name: str, facts: dict[str, Any]) -> str:
+    _, head, pairs = name.split("-")
+    test = facts["test"]
+    cells = [head, pairs, _mean(test["accuracy"]), _mean(test["over_longer"])]
+    cells += [f"{test['calibration']['error']:.3f}", f"{test['calibration']['loss']:.3f}", f"{facts['seconds']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(mean: dict[str, Any]) -> str:
+    return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
 
 
 def _section(result: dict[str, Any]) -> str:
@@ -239,9 +285,8 @@ def keep(path: Path, name: str, result: dict[str, Any], where: str) -> None:
 
 
 def write_page() -> None:
-    both = [HERE / "results.json", HERE / "results-gpu.json"]
-    cpu, gpu = (json.loads(p.read_text()) if p.exists() else {} for p in both)
-    (HERE / "RESULTS.md").write_text(page(cpu, gpu))
+    files = [HERE / "results.json", HERE / "results-gpu.json", HERE / "reward_results.json"]
+    (HERE / "RESULTS.md").write_text(page(*(json.loads(p.read_text()) if p.exists() else {} for p in files)))
 
 
 def main() -> None:

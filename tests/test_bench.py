@@ -144,11 +144,11 @@ def benchmarks_run() -> Any:
 
 
 def test_the_page_of_results_is_what_the_script_writes() -> None:
-    cpu, gpu = (
+    cpu, gpu, reward = (
         json.loads(path.read_text()) if path.exists() else {}
-        for path in (BENCHMARKS / "results.json", BENCHMARKS / "results-gpu.json")
+        for path in (BENCHMARKS / name for name in ("results.json", "results-gpu.json", "reward_results.json"))
     )
-    assert (BENCHMARKS / "RESULTS.md").read_text() == benchmarks_run().page(cpu, gpu)
+    assert (BENCHMARKS / "RESULTS.md").read_text() == benchmarks_run().page(cpu, gpu, reward)
 
 
 def test_a_bar_is_held_or_not() -> None:

@@ -459,6 +459,12 @@ def test_length_units() -> None:
     assert value("length", {"min": 2}, "one\u200btwo") == 0.0  # a zero-width space is no white space
 
 
+def test_length_in_tokens_of_an_answer_from_elsewhere() -> None:
+    group = Group.of_texts(Prompt.from_text("x"), ["some words", ""])
+    found = scores("length", {"max": 3, "unit": "tokens"}, group)
+    assert (found[0].error or "").startswith("no_tokens: ") and found[1].value == 1.0
+
+
 def test_length_bad_args() -> None:
     bad_config("length", {}, "give min, max or both")
     bad_config("length", {"min": 3, "max": 2}, "min 3 is above max 2")
