@@ -184,8 +184,8 @@ def page(results: dict[str, Any], gpu: dict[str, Any], reward: dict[str, Any]) -
     """RESULTS.md."""
     parts = [
         "# Measured\n\nWritten by `benchmarks/run.py`, `benchmarks/gpu.py` and `benchmarks/reward.py`; do not edit. How"
-        " to repeat it: [README.md](README.md). Systems took turns in one run, at equal work: every system made exactly as"
-        " many tokens. Seconds are medians, with the range of all runs. Memory is the most that a system's processes"
+        " to repeat it: [README.md](README.md). Systems took turns in one run, at equal work: every system made exactly"
+        " as many tokens. Seconds are medians, with the range of all runs. Memory is the most that a system's processes"
         " held.\n"
     ]
     for title, found in (("On a CPU", results), ("On a GPU", gpu)):
