@@ -38,6 +38,12 @@ def test_machine_is_json() -> None:
     assert report["disk_free_bytes"]["cache"] > 0
 
 
+def test_isolation_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lacks, said in (((), "full"), (("Landlock",), "lacks Landlock: verifiers sql and python_tests need")):
+        monkeypatch.setattr(doctor, "missing_layers", lambda lacks=lacks: lacks)
+        assert said in printed(machine())
+
+
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     found = versions()

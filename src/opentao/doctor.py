@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opentao.builtin import BUILT_IN, cache_root, cache_state
 from opentao.config import Config
 from opentao.cost import estimate
+from opentao.isolation.run import missing_layers
 from opentao.types import Prompt
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def machine() -> dict[str, Any]:
         "cores": num_cores(),
         "memory_bytes": available_memory(),
         "gpus": gpus(),
+        "isolation_lacks": list(missing_layers()),
         "cache": {"folder": str(cache), "models": {name: cache_state(name, verify=True) for name in BUILT_IN}},
         "disk_free_bytes": {"cache": shutil.disk_usage(there).free, "here": shutil.disk_usage(Path.cwd()).free},
     }
@@ -118,6 +120,7 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("cores", str(report["cores"])),
         ("memory available", _gigabytes(report["memory_bytes"])),
         ("GPU", "; ".join(report["gpus"]) or "none: everything runs on the CPU"),
+        ("isolation", _isolation(report["isolation_lacks"])),
         ("cache", report["cache"]["folder"]),
         *((f"  {name}", state) for name, state in report["cache"]["models"].items()),
         ("disk free", f"cache {_gigabytes(free['cache'])}, here {_gigabytes(free['here'])}"),
@@ -144,6 +147,11 @@ def _render_cost(cost: dict[str, Any], memory: int | None, console: Console) -> 
     console.print(f"Estimated peak memory: {_gigabytes(peak)}, of {_gigabytes(memory)} available")
     if peak is not None and memory is not None and peak > memory:
         console.print("This will not fit: lower train.row_tokens or generate.batch_responses, or set train.method lora")
+
+
+def _isolation(lacks: list[str]) -> str:
+    """Of the verifiers that run what a model wrote."""
+    return f"lacks {', '.join(lacks)}: verifiers sql and python_tests need `isolation: process`" if lacks else "full"
 
 
 def _gigabytes(number: int | None) -> str:
