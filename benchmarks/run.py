@@ -1,7 +1,7 @@
 """Measure every comparison and write RESULTS.md: python benchmarks/run.py [NAME ...]
 
-Without names all of it, about two hours on two cores; with names those alone, the others keep their figures of before. A
-comparison is one `tao bench` command, whose systems take turns in one run. What a comparison gives is kept in
+Without names all of it, about two hours on two cores; with names those alone, the others keep their figures of before.
+A comparison is one `tao bench` command, whose systems take turns in one run. What a comparison gives is kept in
 results.json as soon as it is there, so that a run that is stopped loses one comparison at most.
 """
 
