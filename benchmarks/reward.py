@@ -1,9 +1,10 @@
-"""Reward models on people's choices: python benchmarks/reward.py {curve,peer,people} [--data DIR]
+"""Reward models on people's choices: python benchmarks/reward.py WHAT [--data DIR]
 
 Data: the three helpful files of hh-rlhf and pandalm-human, as `../shared/data` holds them; not part of the package. A
 row of hh-rlhf tests if the first byte of the sha256 of what comes before the last answer is below 52, else it trains.
 
     curve    accuracy, calibration and loss on all test rows after 250 to 4,000 training pairs, guided and random head
+    options  what balanced lengths, an ensemble and label smoothing change at 1,000 pairs
     peer     the same training steps by TRL's RewardTrainer: pairs a second in turn, accuracy on the same test rows,
     paired people   the model of `curve` on pandalm-human: agreement with its three annotators, beside their own
 
@@ -46,6 +47,12 @@ TEST_BELOW = 52
 SIZES = (250, 500, 1000, 2000, 4000)
 LONGEST = 2000  # characters of a conversation; longer ones are left out of training, not of the test
 SETTINGS = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, held_out=0.1)
+OPTION_PAIRS = 1000
+OPTIONS: dict[str, dict[str, Any]] = {
+    "balanced": {"balance_length": True},
+    "ensemble": {"ensemble": 4},
+    "smoothed": {"label_smoothing": 0.1},
+}
 SECONDS = 60 * 60
 
 
@@ -114,17 +121,34 @@ def curve(folder: Path, work: Path) -> None:
     print(f"{len(train)} training rows, {len(test)} test rows", flush=True)
     for size in SIZES:
         for head in ("guided", "random"):
-            name = f"curve-{head}-{size}"
-            if name in kept():
-                continue
-            start = time.perf_counter()
-            out = work / name
-            shutil.rmtree(out, ignore_errors=True)
-            settings = replace(SETTINGS, head=head)
-            facts = train_to_folder(DEFAULT_MODEL, training_rows(train, size), settings, out, Progress(quiet=True))
-            seconds = time.perf_counter() - start
-            facts |= {"seconds": seconds, "test": judge(RewardModel.load(str(out)).for_scoring(), test)}
-            keep(name, facts)
+            rows = training_rows(train, size)
+            _one(f"curve-{head}-{size}", rows, test, replace(SETTINGS, head=head), work)
+
+
+def _one(name: str, rows: list[Ranking], test: list[Ranking], settings: RewardTraining, work: Path) -> None:
+    """Train and test once; what is kept already is left."""
+    if name in kept():
+        return
+    start = time.perf_counter()
+    out = work / name
+    shutil.rmtree(out, ignore_errors=True)
+    facts = train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
+    seconds = time.perf_counter() - start
+    facts |= {"seconds": seconds, "test": judge(RewardModel.load(str(out)).for_scoring(), test)}
+    keep(name, facts)
+
+
+def options(folder: Path, work: Path) -> None:
+    """One setting changed at a time, at OPTION_PAIRS pairs; the unchanged one is of `curve`."""
+    train, test = read_hh(folder)
+    for option, changed in OPTIONS.items():
+        _one(
+            f"option-{option}-{OPTION_PAIRS}",
+            training_rows(train, OPTION_PAIRS),
+            test,
+            replace(SETTINGS, **changed),
+            work,
+        )
 
 
 def people(folder: Path, work: Path) -> None:
@@ -205,7 +229,7 @@ def keep(name: str, facts: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["curve", "peer", "people"])
+    parser.add_argument("what", choices=["curve", "options", "peer", "people"])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "opentao-reward")
     parser.add_argument("--pairs", type=int, default=200)
@@ -215,12 +239,10 @@ def main() -> None:
         sys.exit(f"{given.data}: no hh-rlhf there; see --data")
     given.work.mkdir(parents=True, exist_ok=True)
     use_large_pages()
-    if given.what == "curve":
-        curve(given.data, given.work)
-    elif given.what == "people":
-        people(given.data, given.work)
-    else:
+    if given.what == "peer":
         peer(given.data, given.work, given.pairs, given.peer_env)
+    else:
+        {"curve": curve, "options": options, "people": people}[given.what](given.data, given.work)
 
 
 if __name__ == "__main__":

@@ -209,13 +209,13 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
     parts = ["## Reward models on people's choices\n"]
     if not found:
         return [*parts, "Not measured: `benchmarks/reward.py` needs the data beside the project.\n"]
-    curve = {name: facts for name, facts in found.items() if name.startswith("curve-")}
+    curve = {name: facts for name, facts in found.items() if name.startswith(("curve-", "option-"))}
     if curve:
         parts.append(
             "hh-rlhf, helpful: a model of 135M trained on so many pairs and tested on all test rows, beside “the longer"
             " answer wins” on the same rows. Intervals are over rows.\n\n"
-            "| head | pairs | accuracy | over “longer” | calibration error | nats a choice | seconds |\n"
-            "|---|---|---|---|---|---|---|"
+            "| head, or what differs | pairs | accuracy | over “longer” | longer, shorter preferred | |"
+            " calibration error | nats a choice | seconds |\n|---|---|---|---|---|---|---|---|---|"
         )
         parts += [_curve_row(name, facts) for name, facts in curve.items()]
         test = next(iter(curve.values()))["test"]
@@ -242,6 +242,7 @@ def _curve_row(name: str, facts: dict[str, Any]) -> str:
     _, head, pairs = name.split("-")
     test = facts["test"]
     cells = [head, pairs, _mean(test["accuracy"]), _mean(test["over_longer"])]
+    cells += [f"{test['length'][side]['mean']:.2f}" for side in ("longer_preferred", "shorter_preferred")]
     cells += [f"{test['calibration']['error']:.3f}", f"{test['calibration']['loss']:.3f}", f"{facts['seconds']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
