@@ -316,8 +316,9 @@ def test_a_model_without_a_place_for_instructions_says_so(guided: RewardModel) -
 # --- the folder
 
 
-def test_train_to_folder_with_everything_on(tiny_model_dir: Path, tmp_path: Path) -> None:
-    config = RewardTraining(lr=3e-3, epochs=2, ensemble=2, held_out=0.2)
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_train_to_folder_with_everything_on(tiny_model_dir: Path, tmp_path: Path, lora_rank: int) -> None:
+    config = RewardTraining(lr=5e-3 if lora_rank else 3e-3, epochs=2, ensemble=2, held_out=0.2, lora_rank=lora_rank)
     facts = train_to_folder(str(tiny_model_dir), toy_rankings(60), config, tmp_path / "rm", Progress(quiet=True))
     assert (facts["rankings"], facts["held_out"]) == (48, 12)
     assert facts["calibration"] > 0 and facts["steps"] <= facts["steps_planned"] == 24
