@@ -149,7 +149,7 @@ class TestExitStatus:
         [
             ("prompts.path=absent.jsonl", 1, "absent.jsonl: cannot be read: No such file or directory"),
             ("model=absent/model/folder", 1, "model 'absent/model/folder': expected a built-in name"),
-            ("scorers.0.type=magic", 2, "scorer letters (type magic): unknown type; expected one of: contains,"),
+            ("scorers.0.type=magic", 2, "scorer letters (type magic): unknown type; expected one of: citation,"),
             ("scorers.0.args={function: toy_scorers:absent}", 2, "'toy_scorers:absent' cannot be imported"),
         ],
     )

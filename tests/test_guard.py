@@ -86,9 +86,9 @@ def test_a_reward_that_can_be_hacked_is_stopped_and_rolled_back(tree: Tree, tmp_
     case = go(tmp_path, hackable)
     summary = case.summary
     assert summary["verdict"] == "keep base" and summary["best_round"] == 0 and summary["policy"] is None
-    assert summary["why"].startswith(f"Round {len(summary['rounds'])} was stopped as over-optimised: against the base")
-    assert summary["rounds"][-1]["guard"]["tripped"] == summary["why"].rsplit(". ", 1)[0]
-    assert len(summary["rounds"]) < 3 or summary["rounds"][-1]["guard"]["tripped"]
+    last = summary["rounds"][-1]
+    assert summary["why"].startswith(f"Round {last['round']} was stopped as over-optimised: against ")
+    assert last["guard"]["tripped"] and summary["why"].startswith(last["guard"]["tripped"])
     # What was watched says the same: answers got longer, and an endless answer beats them all.
     assert summary["rounds"][-1]["length"]["mean"] > summary["base"]["length"]["mean"]
     assert summary["base"]["guard"]["canaries"]["very long"] == 1.0

@@ -277,7 +277,8 @@ class TestKeepBase:
         tree["audit"] = {"type": "contains", "args": {"strings": ["honest"]}}
         summary = go(tmp_path, scored_by(tree, "letters"), engine=Gamed()).summary
         assert summary["verdict"] == "keep base"
-        assert summary["why"].startswith("The scorers were gamed")
+        assert summary["why"].startswith("Round 1 was stopped as over-optimised: against the base its reward moves")
+        assert [r["round"] for r in summary["rounds"]] == [1] and summary["policy"] is None
 
 
 class Gamed(FakeEngine):

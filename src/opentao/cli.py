@@ -215,12 +215,12 @@ def evaluate(
         from opentao.loop import measure, policy_before
 
         base = policy_before(session, 1)
-        outcome = measure(session, 0, base, base, against=None, facts=None)
+        outcome = measure(session, 0, base, base, earlier=[], facts=None)
         if round_:
             if not session.run.have(f"round-{round_}/steps.json"):
                 raise DataError(f"{run}: round {round_} is not trained; run `tao train --round {round_}` first")
             policy = policy_before(session, round_ + 1)
-            outcome = measure(session, round_, policy, base, against=outcome.evaluation, facts=None)
+            outcome = measure(session, round_, policy, base, earlier=[outcome], facts=None)
     first = parse(Mean, outcome.numbers["first_try"], "first_try")
     emit(outcome.numbers, as_json, f"first try {number(first.mean, 3)} ({interval(first, 3)}, n = {first.n})")
 
