@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ensemble": {"ensemble": 4},
     "smoothed": {"label_smoothing": 0.1},
 }
+TRIAL_PAIRS = 24  # on which TRL chooses its micro-batch
 SECONDS = 60 * 60
 
 
@@ -167,6 +168,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     settings = replace(SETTINGS, held_out=0.0)
     path = work / "peer.jsonl"
     write_preferences(path, rows)
+    micro = _fastest_micro_batch(environment, rows, work, settings)
     seconds: dict[str, list[float]] = {"opentao": [], "trl": []}
     for turn in range(3):
         out = work / f"peer-opentao-{turn}"
@@ -174,7 +176,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
         start = time.perf_counter()
         train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
         seconds["opentao"].append(time.perf_counter() - start)
-        seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings))
+        seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings, micro))
     ours = judge(RewardModel.load(str(work / "peer-opentao-0")).for_scoring(), test)
     theirs = judge(RewardModel.load(str(work / "peer-trl")).for_scoring(), test)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -182,6 +184,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
         "peer",
         {
             "pairs": pairs,
+            "micro_batch": micro,
             "seconds": seconds,
             "pairs_per_second": {name: pairs / s for name, s in medians.items()},
             "times_faster": medians["trl"] / medians["opentao"],
@@ -191,7 +194,15 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     )
 
 
-def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining) -> float:
+def _fastest_micro_batch(environment: Path, rows: list[Ranking], work: Path, settings: RewardTraining) -> int:
+    """TRL's best configuration: small micro-batches pad less, large ones multiply faster."""
+    path = work / "peer-trial.jsonl"
+    write_preferences(path, rows[:TRIAL_PAIRS])
+    sizes = [n for n in (2, 4, 8) if n <= settings.rankings_per_step]
+    return min(sizes, key=lambda n: _trl(environment, path, work / "peer-trial", settings, n))
+
+
+def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining, micro: int) -> float:
     """One whole training by RewardTrainer in its own environment; returns the seconds that it says training took."""
     shutil.rmtree(out, ignore_errors=True)
     asked = {
@@ -200,7 +211,8 @@ def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining) ->
         "model": _classifier(out.parent),
         "lr": settings.lr,
         "rank": settings.lora_rank,
-        "batch": settings.rankings_per_step,
+        "micro_batch": micro,
+        "accumulate": settings.rankings_per_step // micro,
     }
     command = [str(environment / "bin" / "python"), str(HERE / "reward_trl.py"), json.dumps(asked)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)

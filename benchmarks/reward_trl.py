@@ -27,7 +27,8 @@ with open(given["pairs"], encoding="utf-8") as file:
             rows[name].append(tokenizer(whole, add_special_tokens=False).input_ids)
 config = RewardConfig(
     given["out"],
-    per_device_train_batch_size=given["batch"],
+    per_device_train_batch_size=given["micro_batch"],
+    gradient_accumulation_steps=given["accumulate"],
     num_train_epochs=1,
     learning_rate=given["lr"],
     lr_scheduler_type="linear",
