@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ensemble": {"ensemble": 4},
     "smoothed": {"label_smoothing": 0.1},
 }
-TRIAL_PAIRS = 24  # on which TRL chooses its micro-batch
+TRIAL_PAIRS = 16  # on which TRL chooses its micro-batch
 SECONDS = 60 * 60
 
 
@@ -168,7 +168,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     settings = replace(SETTINGS, held_out=0.0)
     path = work / "peer.jsonl"
     write_preferences(path, rows)
-    micro = _fastest_micro_batch(environment, rows, work, settings)
+    choice = _fastest(environment, rows, work, settings)
     seconds: dict[str, list[float]] = {"opentao": [], "trl": []}
     for turn in range(3):
         out = work / f"peer-opentao-{turn}"
@@ -176,7 +176,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
         start = time.perf_counter()
         train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
         seconds["opentao"].append(time.perf_counter() - start)
-        seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings, micro))
+        seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings, choice))
     ours = judge(RewardModel.load(str(work / "peer-opentao-0")).for_scoring(), test)
     theirs = judge(RewardModel.load(str(work / "peer-trl")).for_scoring(), test)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -184,7 +184,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
         "peer",
         {
             "pairs": pairs,
-            "micro_batch": micro,
+            "trl": choice,
             "seconds": seconds,
             "pairs_per_second": {name: pairs / s for name, s in medians.items()},
             "times_faster": medians["trl"] / medians["opentao"],
@@ -194,15 +194,15 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     )
 
 
-def _fastest_micro_batch(environment: Path, rows: list[Ranking], work: Path, settings: RewardTraining) -> int:
-    """TRL's best configuration: small micro-batches pad less, large ones multiply faster."""
+def _fastest(environment: Path, rows: list[Ranking], work: Path, settings: RewardTraining) -> dict[str, Any]:
+    """TRL's best configuration: small micro-batches pad less, large ones multiply faster; bf16 products or fp32."""
     path = work / "peer-trial.jsonl"
     write_preferences(path, rows[:TRIAL_PAIRS])
-    sizes = [n for n in (2, 4, 8) if n <= settings.rankings_per_step]
-    return min(sizes, key=lambda n: _trl(environment, path, work / "peer-trial", settings, n))
+    choices = [{"micro_batch": n, "bf16": bf16} for bf16 in (True, False) for n in (2, 4, 8)]
+    return min(choices, key=lambda choice: _trl(environment, path, work / "peer-trial", settings, choice))
 
 
-def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining, micro: int) -> float:
+def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining, choice: dict[str, Any]) -> float:
     """One whole training by RewardTrainer in its own environment; returns the seconds that it says training took."""
     shutil.rmtree(out, ignore_errors=True)
     asked = {
@@ -211,8 +211,8 @@ def _trl(environment: Path, pairs: Path, out: Path, settings: RewardTraining, mi
         "model": _classifier(out.parent),
         "lr": settings.lr,
         "rank": settings.lora_rank,
-        "micro_batch": micro,
-        "accumulate": settings.rankings_per_step // micro,
+        **choice,
+        "accumulate": settings.rankings_per_step // choice["micro_batch"],
     }
     command = [str(environment / "bin" / "python"), str(HERE / "reward_trl.py"), json.dumps(asked)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
