@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def pictures(facts: Facts) -> list[Picture]:
     ticks = {float(x): f"{x} %" for x in (50, 60, 70, 80, 90, 100)}
     chart = Chart(
         title="Share of people who agree, by how sure the model is",
-        x_label="how sure the model is",
+        x_label="confidence",
         x_ticks=ticks,
         series=series,
     )
@@ -55,7 +56,7 @@ def pictures(facts: Facts) -> list[Picture]:
 def _best_of_n(facts: Facts) -> Picture:
     curve = facts["curve"]
     lines = [
-        Series(name=name, points={float(c["n"]): as_mean(c[key]) for c in curve}, style=style)
+        Series(name=name, points={math.log2(c["n"]): as_mean(c[key]) for c in curve}, style=style)
         for name, key, style in (("the best there is", "oracle", "base"), ("picked by the model", "picked", "tuned"))
     ]
     first = as_mean(curve[0]["picked"]).mean
@@ -63,7 +64,7 @@ def _best_of_n(facts: Facts) -> Picture:
     chart = Chart(
         title="Known worth of the response that is picked among n",
         x_label="n",
-        x_ticks={float(c["n"]): str(c["n"]) for c in curve},
+        x_ticks={math.log2(c["n"]): str(c["n"]) for c in curve},
         series=lines,
         levels=levels,
     )
