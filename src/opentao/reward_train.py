@@ -60,8 +60,8 @@ class RewardTraining:
     ensemble: int = 1  # heads on one backbone pass, each trained on its own bootstrap of the rankings
     instruction_dropout: float = 0.3  # share of times that a ranking is shown without its instruction
     held_out: float = 0.1  # share of prompts for early stop and calibration
-    evaluate_times: int = 10  # looks at the held-out prompts in all
-    patience: int = 3  # looks without improvement after which training stops
+    evaluate_times: int = 5  # looks at the held-out prompts in all; each costs their forward pass
+    patience: int = 2  # looks without improvement after which training stops
 
 
 @dataclass(kw_only=True, slots=True)
