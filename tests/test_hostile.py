@@ -48,10 +48,11 @@ def test_readers_score_low_or_not_at_all(type_: str, args: dict[str, Any]) -> No
     found = scores(type_, args, group_of(*hostile.ANY, label="billing"))
     assert time.monotonic() - start < 15
     assert kinds(found) <= {"timeout", "too_short"}
-    if type_ in ("citation", "json_field", "exact", "contains"):
-        assert {s.value for s in found} == {0.0 if type_ != "contains" else s.value for s in found}
     if type_ in ("json_field", "exact", "citation"):
         assert {s.value for s in found} == {0.0}
+    if type_ == "contains":
+        holding = {a for a in hostile.ANY if "billing" in a}
+        assert {a for a, s in zip(hostile.ANY, found, strict=True) if s.value} == holding
     if type_ == "json_schema":
         assert max(s.value for s in found) <= 0.4
 

@@ -116,12 +116,18 @@ def _parse(line: str) -> Any:
         return error
 
 
-def _ranking(row: Any) -> Ranking:
-    """Raises ValueError with what was expected."""
+def as_object(row: Any) -> dict[str, Any]:
+    """A row of `preference_rows` that is an object. Raises ValueError with what was expected."""
     if isinstance(row, ValueError):
         raise ValueError(f"not valid JSON: {row}")
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
+    return row
+
+
+def _ranking(row: Any) -> Ranking:
+    """Raises ValueError with what was expected."""
+    row = as_object(row)
     messages = messages_of(row)
     if row.get("chosen") is not None or row.get("rejected") is not None:
         texts: tuple[str, ...] = (_answer(row, "chosen"), _answer(row, "rejected"))

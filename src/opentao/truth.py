@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.errors import DataError
-from opentao.preferences import messages_of, preference_rows
+from opentao.preferences import as_object, messages_of, preference_rows
 from opentao.types import Prompt
 
 
@@ -35,10 +35,7 @@ def read_truths(path: Path) -> list[Truth]:
 
 
 def _truth(row: Any) -> Truth:
-    if isinstance(row, ValueError):
-        raise ValueError(f"not valid JSON: {row}")
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+    row = as_object(row)
     texts, values = row.get("responses"), row.get("values")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError("responses: expected a list of texts")

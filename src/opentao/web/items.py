@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.errors import DataError
-from opentao.preferences import messages_of, preference_rows
+from opentao.preferences import as_object, messages_of, preference_rows
 from opentao.store import Run, table_to_groups
 from opentao.types import Message
 from opentao.web.choices import Item, item_of
@@ -48,10 +48,7 @@ def _of_file(source: Path) -> Iterator[tuple[list[Message], list[str]]]:
 
 
 def _row(row: Any) -> tuple[list[Message], list[str]]:
-    if isinstance(row, ValueError):
-        raise ValueError(f"not valid JSON: {row}")
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+    row = as_object(row)
     texts = row.get("responses")
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise ValueError("responses: expected a list of texts")
