@@ -46,7 +46,7 @@ FILES = {name: f"helpful-{name}.test.jsonl.gz" for name in ("base", "online", "r
 TEST_BELOW = 52
 SIZES = (250, 500, 1000, 2000, 4000)
 LONGEST = 2000  # characters of a conversation; longer ones are left out of training, not of the test
-SETTINGS = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, held_out=0.1)
+SETTINGS = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, heldout=0.1)
 OPTION_PAIRS = 1000
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {"balance_length": True},
@@ -165,7 +165,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     """The same pairs, steps, learning rate and adapter in both; three runs of each in turn for the time."""
     train, test = read_hh(folder)
     rows = training_rows(train, pairs)
-    settings = replace(SETTINGS, held_out=0.0)
+    settings = replace(SETTINGS, heldout=0.0)
     path = work / "peer.jsonl"
     write_preferences(path, rows)
     choice = _fastest(environment, rows, work, settings)

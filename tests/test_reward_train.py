@@ -25,7 +25,7 @@ from opentao.reward_eval import accuracy
 from opentao.reward_model import RewardModel
 from opentao.reward_scale import fit_scale
 from opentao.reward_train import (
-    LEAST_HELD_OUT,
+    LEAST_HELDOUT,
     RewardTraining,
     calibrate,
     split_by_prompt,
@@ -187,7 +187,7 @@ def test_the_split_is_by_prompt() -> None:
     assert not {r.prompt.id for r in held} & {r.prompt.id for r in train_side}
     assert split_by_prompt(rankings, 0.2, seed=1) == (train_side, held)
     assert split_by_prompt(rankings, 0.2, seed=2)[1] != held
-    assert split_by_prompt(rankings[: 3 * LEAST_HELD_OUT], 0.5, seed=1)[1] == []
+    assert split_by_prompt(rankings[: 3 * LEAST_HELDOUT], 0.5, seed=1)[1] == []
     assert split_by_prompt(rankings, 0.0, seed=1)[1] == []
 
 
@@ -318,9 +318,9 @@ def test_a_model_without_a_place_for_instructions_says_so(guided: RewardModel) -
 
 @pytest.mark.parametrize("lora_rank", [0, 8])
 def test_train_to_folder_with_everything_on(tiny_model_dir: Path, tmp_path: Path, lora_rank: int) -> None:
-    config = RewardTraining(lr=5e-3 if lora_rank else 3e-3, epochs=2, ensemble=2, held_out=0.2, lora_rank=lora_rank)
+    config = RewardTraining(lr=5e-3 if lora_rank else 3e-3, epochs=2, ensemble=2, heldout=0.2, lora_rank=lora_rank)
     facts = train_to_folder(str(tiny_model_dir), toy_rankings(60), config, tmp_path / "rm", Progress(quiet=True))
-    assert (facts["rankings"], facts["held_out"]) == (48, 12)
+    assert (facts["rankings"], facts["heldout"]) == (48, 12)
     assert facts["calibration"] > 0 and facts["steps"] <= facts["steps_planned"] == 24
     loaded = RewardModel.load(str(tmp_path / "rm"))
     assert loaded.num_heads == 2
@@ -335,5 +335,5 @@ def test_few_prompts_are_all_trained_on(tiny_model_dir: Path, tmp_path: Path) ->
     facts = train_to_folder(
         str(tiny_model_dir), toy_rankings(12), RewardTraining(), tmp_path / "rm", Progress(quiet=True)
     )
-    assert (facts["rankings"], facts["held_out"], facts["calibration"]) == (12, 0, None)
+    assert (facts["rankings"], facts["heldout"], facts["calibration"]) == (12, 0, None)
     assert math.isfinite(facts["loss_last"])

@@ -39,7 +39,7 @@ def reward_train(
     instruction_dropout: Annotated[
         float, typer.Option(min=0, max=1, help="Share of times a row's instruction is left out.")
     ] = 0.3,
-    held_out: Annotated[
+    heldout: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of prompts for early stop and calibration.")
     ] = 0.1,
     seed: int = 0,
@@ -65,7 +65,7 @@ def reward_train(
         head=head,
         ensemble=ensemble,
         instruction_dropout=instruction_dropout,
-        held_out=held_out,
+        heldout=heldout,
         seed=seed,
     )
     with Progress() as progress:

@@ -35,7 +35,7 @@ from opentao.reward_scale import comparisons, fit_scale
 from opentao.rows import Sequences, whole_groups
 from opentao.types import content_hash
 
-LEAST_HELD_OUT = 8  # prompts; with fewer nothing is held out, and the scale of scores is left as trained
+LEAST_HELDOUT = 8  # prompts; with fewer nothing is held out, and the scale of scores is left as trained
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -59,7 +59,7 @@ class RewardTraining:
     head: Head = "guided"
     ensemble: int = 1  # heads on one backbone pass, each trained on its own bootstrap of the rankings
     instruction_dropout: float = 0.3  # share of times that a ranking is shown without its instruction
-    held_out: float = 0.1  # share of prompts for early stop and calibration
+    heldout: float = 0.1  # share of prompts for early stop and calibration
     evaluate_times: int = 5  # looks at the held-out prompts in all; each costs their forward pass
     patience: int = 2  # looks without improvement after which training stops
 
@@ -81,9 +81,9 @@ def train_reward_model(
     config: RewardTraining,
     checkpoint: Checkpoint,
     on_step: Callable[[Metrics], bool | None],
-    held_out: Sequence[Ranking] = (),
+    heldout: Sequence[Ranking] = (),
 ) -> list[Metrics]:
-    """All answers to a prompt in one packed row. With `held_out` the best weights on them are kept.
+    """All answers to a prompt in one packed row. With `heldout` the best weights on them are kept.
 
     Raises:
         TrainError: loss or gradient is not finite.
@@ -91,7 +91,7 @@ def train_reward_model(
     """
     model = _trainable(reward_model, config)
     items = _items(reward_model, rankings, config)
-    watch = _Watch(reward_model, _items(reward_model, held_out, config), config) if held_out else None
+    watch = _Watch(reward_model, _items(reward_model, heldout, config), config) if heldout else None
     per_epoch = num_steps(len(items), 1, config.rankings_per_step)
     every = max(1, per_epoch * config.epochs // config.evaluate_times)
 
@@ -146,22 +146,22 @@ def uses_plackett_luce(ranking: Ranking, config: RewardTraining) -> bool:
 
 
 def split_by_prompt(rankings: Sequence[Ranking], share: float, seed: int) -> tuple[list[Ranking], list[Ranking]]:
-    """(training, held out): a prompt's rankings stay together. Nothing is held out of fewer than LEAST_HELD_OUT / share
+    """(training, held out): a prompt's rankings stay together. Nothing is held out of fewer than LEAST_HELDOUT / share
     prompts."""
     ids = sorted({r.prompt.id for r in rankings}, key=lambda i: content_hash(seed, i))
     count = round(share * len(ids))
-    if count < LEAST_HELD_OUT:
+    if count < LEAST_HELDOUT:
         return list(rankings), []
     chosen = set(ids[:count])
     return [r for r in rankings if r.prompt.id not in chosen], [r for r in rankings if r.prompt.id in chosen]
 
 
-def calibrate(reward_model: RewardModel, held_out: Sequence[Ranking]) -> float | None:
+def calibrate(reward_model: RewardModel, heldout: Sequence[Ranking]) -> float | None:
     """Stretch the head by what the held-out choices say. Returns the factor; None: there is no linear head."""
     if not reward_model.reads_last_token:
         return None
-    groups = [reward_model.encode(r.prompt.messages, r.texts, r.instruction) for r in held_out]
-    found = comparisons(held_out, [scores for _, scores in reward_model.score(groups)])
+    groups = [reward_model.encode(r.prompt.messages, r.texts, r.instruction) for r in heldout]
+    found = comparisons(heldout, [scores for _, scores in reward_model.score(groups)])
     scale = fit_scale(found.differences, found.wins)
     with torch.no_grad():
         reward_model.model.score.weight.mul_(scale)
@@ -296,7 +296,7 @@ def train_to_folder(
     model: str, rankings: Sequence[Ranking], config: RewardTraining, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Train from a causal LM (guided head) or a sequence classifier (its own head) and save; whole or not at all."""
-    train, held_out = split_by_prompt(rankings, config.held_out, config.seed)
+    train, heldout = split_by_prompt(rankings, config.heldout, config.seed)
     if _is_classifier(model):
         reward_model = RewardModel.load(model)
         if config.ensemble not in (1, reward_model.num_heads):
@@ -306,16 +306,16 @@ def train_to_folder(
     total = num_steps(len(train), config.epochs, config.rankings_per_step)
     with progress.stage("reward model", total=total, unit="steps", label="train reward model") as step:
         history = train_reward_model(
-            reward_model, train, config, NO_CHECKPOINT, lambda m: step.advance(1, tokens=m.tokens), held_out
+            reward_model, train, config, NO_CHECKPOINT, lambda m: step.advance(1, tokens=m.tokens), heldout
         )
-    scale = calibrate(reward_model, held_out) if held_out else None
+    scale = calibrate(reward_model, heldout) if heldout else None
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     reward_model.save(temporary)
     temporary.rename(out)
     return {
         "rankings": len(train),
-        "held_out": len(held_out),
+        "heldout": len(heldout),
         "steps": len(history),
         "steps_planned": total,
         "loss_last": history[-1].loss,
