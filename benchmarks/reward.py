@@ -3,12 +3,13 @@
 Data: the three helpful files of hh-rlhf and pandalm-human, as `../shared/data` holds them; not part of the package. A
 row of hh-rlhf tests if the first byte of the sha256 of what comes before the last answer is below 52, else it trains.
 
-    curve    accuracy, calibration and loss on all test rows after 250 to 4,000 training pairs, guided and random head
-    options  what balanced lengths, an ensemble and label smoothing change at 1,000 pairs
-    peer     the same training steps by TRL's RewardTrainer: pairs a second in turn, accuracy on the same test rows,
-    paired people   the model of `curve` on pandalm-human: agreement with its three annotators, beside their own
+    curve    accuracy, calibration and loss after 250 to 4,000 training pairs, with the guided and the random head
+    options  what balanced lengths, an ensemble and label smoothing change at 500 pairs
+    peer     the same training steps by TRL's RewardTrainer: pairs a second in turn, accuracy on the same test rows
+    people   the model of `curve` on pandalm-human: agreement with its three annotators, beside their own
 
-Everything is kept in reward_results.json as it comes, and what is there is not done again; RESULTS.md shows it.
+Everything is kept in reward_results.json as it comes, and what is there is not done again; RESULTS.md shows it. One in
+three test rows is scored at sizes before the last, all of them at the last.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opentao.allocator import use_large_pages
-from opentao.bestofn import paired_difference
+from opentao.bestofn import bootstrap, paired_difference
+from opentao.config import Head
 from opentao.models import DEFAULT_MODEL
+from opentao.optimise import Checkpoint, Metrics
 from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
 from opentao.reward_eval import agreement_with_people, annotators, by_subset, calibration, length_bias, score_rankings
 from opentao.reward_model import RewardModel
-from opentao.reward_train import RewardTraining, train_to_folder
+from opentao.reward_scale import comparisons, fit_scale
+from opentao.reward_train import RewardTraining, calibrate, train_reward_model, train_to_folder
+from opentao.store import Run
 from opentao.types import Prompt, content_hash
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,8 +52,12 @@ FILES = {name: f"helpful-{name}.test.jsonl.gz" for name in ("base", "online", "r
 TEST_BELOW = 52
 SIZES = (250, 500, 1000, 2000, 4000)
 LONGEST = 2000  # characters of a conversation; longer ones are left out of training, not of the test
-SETTINGS = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, heldout=0.1)
-OPTION_PAIRS = 1000
+SCALE_PAIRS = 100  # that set the scale of scores and train nothing
+SKIPPED = 3  # every so manyth test row is scored at sizes before the last
+HEADS: tuple[Head, ...] = ("guided", "random")
+PEER = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, heldout=0.0)
+CURVE = replace(PEER, lr=1e-3, schedule="constant", rankings_per_step=10)  # sizes are whole steps; dev/LOG.md
+OPTION_PAIRS = 500
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {"balance_length": True},
     "ensemble": {"ensemble": 4},
@@ -108,64 +118,112 @@ def training_rows(rankings: list[Ranking], number: int) -> list[Ranking]:
     return sorted(short, key=lambda r: content_hash(r.prompt.id, r.texts))[:number]
 
 
-def judge(model: RewardModel, test: list[Ranking]) -> dict[str, Any]:
-    scores = score_rankings(model, test, Progress(quiet=True))
-    facts = agreement_with_people(test, scores)
-    facts |= {"subsets": by_subset(test, scores), "calibration": calibration(test, scores)}
-    facts |= {"length": length_bias(test, scores), "hits": [float(a > b) for a, b in scores]}
-    return facts
-
-
 def curve(folder: Path, work: Path) -> None:
-    """Every size with both heads, the smallest first."""
-    train, test = read_hh(folder)
-    print(f"{len(train)} training rows, {len(test)} test rows", flush=True)
-    for size in SIZES:
-        for head in ("guided", "random"):
-            rows = training_rows(train, size)
-            _one(f"curve-{head}-{size}", rows, test, replace(SETTINGS, head=head), work)
-
-
-def _one(name: str, rows: list[Ranking], test: list[Ranking], settings: RewardTraining, work: Path) -> None:
-    """Train and test once; what is kept already is left."""
-    if name in kept():
-        return
-    start = time.perf_counter()
-    out = work / name
-    shutil.rmtree(out, ignore_errors=True)
-    facts = train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
-    seconds = time.perf_counter() - start
-    facts |= {"seconds": seconds, "test": judge(RewardModel.load(str(out)).for_scoring(), test)}
-    keep(name, facts)
+    """One pass over the largest set with each head, tested after so many pairs on the way."""
+    rows, dev, test = split(folder)
+    for head in HEADS:
+        learn(f"curve-{head}", rows, dev, test, SIZES, replace(CURVE, head=head), work)
 
 
 def options(folder: Path, work: Path) -> None:
-    """One setting changed at a time, at OPTION_PAIRS pairs; the unchanged one is of `curve`."""
-    train, test = read_hh(folder)
+    """One setting changed at a time, the same pairs in the same order; the unchanged one is of `curve`."""
+    rows, dev, test = split(folder)
     for option, changed in OPTIONS.items():
-        _one(
-            f"option-{option}-{OPTION_PAIRS}",
-            training_rows(train, OPTION_PAIRS),
-            test,
-            replace(SETTINGS, **changed),
-            work,
-        )
+        learn(f"option-{option}", rows, dev, test, (OPTION_PAIRS,), replace(CURVE, **changed), work)
+
+
+def split(folder: Path) -> tuple[list[Ranking], list[Ranking], list[Ranking]]:
+    """Training rows, rows that only set the scale of scores, test rows."""
+    train, test = read_hh(folder)
+    rows = training_rows(train, SIZES[-1] + SCALE_PAIRS)
+    return rows[: SIZES[-1]], rows[SIZES[-1] :], test
+
+
+def learn(
+    name: str,
+    rows: list[Ranking],
+    dev: list[Ranking],
+    test: list[Ranking],
+    sizes: Sequence[int],
+    settings: RewardTraining,
+    work: Path,
+) -> None:
+    """Train once over `rows` at a constant rate as far as the largest of `sizes`, and test at each of them.
+
+    A pair's loss is taken before it is trained on, so `losses`, of the steps since the size before, are of pairs not
+    yet seen, too. Goes on from its last checkpoint; what is kept already is not tested again.
+    """
+    if f"{name}-{sizes[-1]}" in kept():
+        return
+    model = RewardModel.from_causal_lm(DEFAULT_MODEL, head=settings.head, ensemble=settings.ensemble)
+    losses: list[float] = []
+    start = time.perf_counter()
+
+    def look(metrics: Metrics) -> bool:
+        losses.append(round(metrics.loss, 4))
+        seen = len(losses) * settings.rankings_per_step
+        if seen in sizes and (entry := f"{name}-{seen}") not in kept():
+            chosen = test if seen == SIZES[-1] else test[::SKIPPED]
+            before = max((size for size in sizes if size < seen), default=0) // settings.rankings_per_step
+            keep(entry, {"losses": losses[before:], "test": judge(model, dev, chosen)})
+            print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        return seen >= sizes[-1]
+
+    with Run(work / "checkpoints") as run:
+        checkpoint = Checkpoint(run=run, name=name, key=content_hash(repr(settings)), every=5)
+        train_reward_model(model, rows, settings, checkpoint, look)
+        checkpoint.discard()
+    calibrate(model, dev)
+    shutil.rmtree(work / name, ignore_errors=True)
+    model.save(work / name)
+
+
+def judge(model: RewardModel, dev: list[Ranking], test: list[Ranking]) -> dict[str, Any]:
+    """Everything about the model as it is, its scores on the scale that `dev` sets."""
+    found = comparisons(dev, score_rankings(model, dev, Progress(quiet=True)))
+    scale = fit_scale(found.differences, found.wins)
+    groups = [model.encode(r.prompt.messages, r.texts) for r in test]
+    heads = [[[scale * s for s in own] for own in group] for _, group in model.score_heads(groups)]
+    scores = [[statistics.fmean(own) for own in group] for group in heads]
+    facts = agreement_with_people(test, scores)
+    facts |= {"subsets": by_subset(test, scores), "calibration": calibration(test, scores)}
+    facts |= {"length": length_bias(test, scores), "hits": "".join(str(int(a > b)) for a, b in scores), "scale": scale}
+    if model.num_heads > 1:
+        facts["agreeing"] = agreeing_heads(heads)
+    return facts
+
+
+def agreeing_heads(heads: list[list[list[float]]]) -> dict[str, Any]:
+    """Accuracy where all heads of an ensemble choose the same answer, and where they do not (the first is preferred).
+
+    `heads`: of each pair [2][K].
+    """
+    votes = [[a > b for a, b in zip(*pair, strict=True)] for pair in heads]
+    hits = [float(statistics.fmean(pair[0]) > statistics.fmean(pair[1])) for pair in heads]
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for own, hit in zip(votes, hits, strict=True):
+        sides[len(set(own)) == 1].append(hit)
+    names = {True: "all_agree", False: "some_differ"}
+    return {names[side]: bootstrap(values).as_dict() for side, values in sides.items()}
 
 
 def people(folder: Path, work: Path) -> None:
     """The largest guided model on the choices of three annotators, on prompts of another kind."""
-    rankings = read_pandalm(folder)
-    decided = [r for r in rankings if r.pairs]
-    model = RewardModel.load(str(work / f"curve-guided-{SIZES[-1]}")).for_scoring()
-    scores = score_rankings(model, decided, Progress(quiet=True))
-    keep("people", annotators(decided, scores) | {"all": agreement_with_people(decided, scores)})
+    decided = [r for r in read_pandalm(folder) if r.pairs]
+    model = RewardModel.load(str(work / "curve-guided")).for_scoring()
+    items = {(r.prompt.id, frozenset(r.texts)): r for r in decided}
+    found = score_rankings(model, list(items.values()), Progress(quiet=True))
+    known = {key: dict(zip(r.texts, own, strict=True)) for (key, r), own in zip(items.items(), found, strict=True)}
+    scores = [[known[r.prompt.id, frozenset(r.texts)][text] for text in r.texts] for r in decided]
+    facts = annotators(decided, scores)
+    keep("people", facts | {"all": agreement_with_people(decided, scores), "accuracy": facts["model_majority"]})
 
 
 def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
     """The same pairs, steps, learning rate and adapter in both; three runs of each in turn for the time."""
     train, test = read_hh(folder)
     rows = training_rows(train, pairs)
-    settings = replace(SETTINGS, heldout=0.0)
+    settings = PEER
     path = work / "peer.jsonl"
     write_preferences(path, rows)
     choice = _fastest(environment, rows, work, settings)
@@ -177,8 +235,8 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
         train_to_folder(DEFAULT_MODEL, rows, settings, out, Progress(quiet=True))
         seconds["opentao"].append(time.perf_counter() - start)
         seconds["trl"].append(_trl(environment, path, work / "peer-trl", settings, choice))
-    ours = judge(RewardModel.load(str(work / "peer-opentao-0")).for_scoring(), test)
-    theirs = judge(RewardModel.load(str(work / "peer-trl")).for_scoring(), test)
+    models = (RewardModel.load(str(work / name)).for_scoring() for name in ("peer-opentao-0", "peer-trl"))
+    ours, theirs = (judge(model, rows[:SCALE_PAIRS], test) for model in models)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     keep(
         "peer",
@@ -189,7 +247,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
             "pairs_per_second": {name: pairs / s for name, s in medians.items()},
             "times_faster": medians["trl"] / medians["opentao"],
             "accuracy": {"opentao": ours["accuracy"], "trl": theirs["accuracy"]},
-            "difference": paired_difference(ours["hits"], theirs["hits"]).as_dict(),
+            "difference": paired_difference(*([float(hit) for hit in own["hits"]] for own in (ours, theirs))).as_dict(),
         },
     )
 
@@ -233,7 +291,6 @@ def kept() -> dict[str, Any]:
 
 
 def keep(name: str, facts: dict[str, Any]) -> None:
-    facts.get("test", {}).pop("hits", None)
     RESULTS.write_text(json.dumps(kept() | {name: facts}, indent=1) + "\n")
     write_page()
     print(name, json.dumps(facts.get("test", facts).get("accuracy")), flush=True)

@@ -25,6 +25,7 @@ import torch
 from opentao.bench.case import Case, make_prompts
 from opentao.bench.command import run_bench
 from opentao.bench.run import BenchError, Worker, as_text
+from opentao.bestofn import paired_difference
 from opentao.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 
 HERE = Path(__file__).parent
@@ -212,15 +213,22 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
     curve = {name: facts for name, facts in found.items() if name.startswith(("curve-", "option-"))}
     if curve:
         parts.append(
-            "hh-rlhf, helpful: a model of 135M trained on so many pairs and tested on all test rows, beside “the longer"
-            " answer wins” on the same rows. Intervals are over rows.\n\n"
-            "| head, or what differs | pairs | accuracy | over “longer” | longer, shorter preferred | |"
-            " calibration error | nats a choice | seconds |\n|---|---|---|---|---|---|---|---|---|"
+            "hh-rlhf, helpful: a model of 135M after so many training pairs, one pass, at a constant rate, beside “the"
+            " longer answer wins” on the same test rows (a third of them before the last size). Intervals are over"
+            " rows. “On the way”: nats a pair since the size before, each before it was trained on; a coin’s are"
+            " 0.693.\n\n"
+            "| head, or what differs | pairs | accuracy | rows | over “longer” | longer preferred | shorter preferred |"
+            " calibration error | nats a choice | on the way |\n|---|---|---|---|---|---|---|---|---|---|"
         )
         parts += [_curve_row(name, facts) for name, facts in curve.items()]
-        test = next(iter(curve.values()))["test"]
+        test = max((facts["test"] for facts in curve.values()), key=lambda own: own["pairs"])
         subsets = ", ".join(f"{n} {own['longer_wins']['mean']:.2f}" for n, own in test["subsets"].items())
-        parts.append(f"\n“The longer answer wins”: {_mean(test['longer_wins'])}; {subsets}.\n")
+        own = ", ".join(f"{n} {own['accuracy']['mean']:.2f}" for n, own in test["subsets"].items())
+        parts.append(
+            f"\nOn {test['pairs']} rows “the longer answer wins” is right in {_mean(test['longer_wins'])}: {subsets};"
+            f" the model in {_mean(test['accuracy'])}: {own}.\n"
+        )
+        parts += _heads_compared(curve)
     if peer := found.get("peer"):
         speed = ", ".join(f"{name} {value:.2f}" for name, value in peer["pairs_per_second"].items())
         parts.append(
@@ -238,12 +246,35 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _heads_compared(curve: dict[str, Any]) -> list[str]:
+    """Guided against random head, paired, at every size that both have; and what an ensemble's agreement says."""
+    lines = []
+    for name, facts in curve.items():
+        guided = curve.get(name.replace("-random-", "-guided-"))
+        if guided is not None and guided is not facts:
+            hits = [[float(hit) for hit in own["test"]["hits"]] for own in (guided, facts)]
+            way = paired_difference(guided["losses"], facts["losses"]).as_dict()
+            lines.append(
+                f"* {name.rpartition('-')[2]} pairs: accuracy {_mean(paired_difference(*hits).as_dict())}, nats a pair"
+                f" on the way {_mean(way)}"
+            )
+        if agreeing := facts["test"].get("agreeing"):
+            some, all_ = agreeing["some_differ"], agreeing["all_agree"]
+            lines.append(
+                f"* {name}: where all heads choose the same answer it is right in {_mean(all_)} of {all_['n']} rows,"
+                f" else in {_mean(some)} of {some['n']}"
+            )
+    title = "Guided less random head, on the same rows and the same steps; and the ensemble:"
+    return [title + "\n\n" + "\n".join(lines) + "\n"] if lines else []
+
+
 def _curve_row(name: str, facts: dict[str, Any]) -> str:
     _, head, pairs = name.split("-")
     test = facts["test"]
-    cells = [head, pairs, _mean(test["accuracy"]), _mean(test["over_longer"])]
+    cells = [head, pairs, _mean(test["accuracy"]), str(test["pairs"]), _mean(test["over_longer"])]
     cells += [f"{test['length'][side]['mean']:.2f}" for side in ("longer_preferred", "shorter_preferred")]
-    cells += [f"{test['calibration']['error']:.3f}", f"{test['calibration']['loss']:.3f}", f"{facts['seconds']:.0f}"]
+    cells += [f"{test['calibration']['error']:.3f}", f"{test['calibration']['loss']:.3f}"]
+    cells.append(f"{statistics.fmean(facts['losses']):.3f}")
     return f"| {' | '.join(cells)} |"
 
 
