@@ -34,6 +34,33 @@ def curve(first: float, top: float, ks: int, half: float = 0.06) -> dict[str, An
     return {str(k): mean(first + (top - first) * (1 - 0.58 ** math.log2(k)), half) for k in range(1, ks + 1)}
 
 
+def solved(always: float, never: float, tries: int = 4) -> dict[str, Any]:
+    shares = {"always": always, "sometimes": 1 - always - never, "never": never}
+    return {"at": 1.0, "tries": tries} | {name: mean(value) for name, value in shares.items()}
+
+
+def prediction() -> dict[str, Any]:
+    """As the base of `summary` would predict."""
+    return {
+        "target_n": 16,
+        "responses": 16,
+        "first_try": mean(0.14),
+        "curve": curve(0.14, 0.93, 16),
+        "target": mean(0.86),
+        "gain": mean(0.72),
+        "informative": mean(0.9),
+        "solved": solved(0.02, 0.1, 16),
+        "audit": {
+            "first_try": mean(0.21),
+            "curve": {"1": mean(0.21), "8": mean(0.39)},
+            "target": mean(0.62),
+            "gain": mean(0.41),
+            "solved": solved(0.03, 0.2, 16),
+        },
+        "flat": None,
+    }
+
+
 def round_numbers(round_: int, first: float, audit: float, ks: int) -> dict[str, Any]:
     best_of = curve(first, max(0.93, first + 0.03), ks)
     return {
@@ -45,6 +72,7 @@ def round_numbers(round_: int, first: float, audit: float, ks: int) -> dict[str,
             "first_try": mean(audit),
             "greedy": mean(audit + 0.02),
             "best_of": curve(audit, max(0.88, audit + 0.05), ks),
+            "solved": solved(audit * 0.7, 0.8 * (1 - audit)),
             "selected_of": {"1": mean(audit), "8": mean(audit + 0.18)} if round_ == 0 else {"1": mean(audit)},
         },
         "kl": mean(0.9 * round_, 0.12 * round_),
@@ -57,6 +85,7 @@ def round_numbers(round_: int, first: float, audit: float, ks: int) -> dict[str,
         },
         "baked_fraction": mean((first - 0.14) / 0.636, 0.09) if round_ else mean(0.0, 0.0),
         "baked_k": 8,
+        "solved": solved(first * 0.8, 0.7 * (1 - first)),
         "improvement": mean(first - 0.14, 0.07) if round_ else None,
         "audit_improvement": mean(audit - 0.21, 0.08) if round_ else None,
         "tokens": {
@@ -94,6 +123,7 @@ def summary(rounds: int = 2) -> dict[str, Any]:
         "failures": {"prompt_too_long": 1},
         "prompts": {"train": 240, "heldout": 64},
         "confidence": 0.95,
+        "prediction": prediction(),
         "baselines": [{"name": "majority class", "value": mean(0.24, 0.0), "on": "audit"}],
     }
 

@@ -91,29 +91,60 @@ def test_pictures(tmp_path):
     assert "Reward of the best of k tries, before and after" in labels
 
 
-def test_ten_pairs_fall_as_they_fall(tmp_path):
-    numbers, evals = summary(), {k: evaluation(k, 0.5, num_prompts=12) for k in range(3)}
-    rewards = [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (None, 0.5)] * 3
+def test_predicted_and_achieved(tmp_path):
+    text = report(write_run(tmp_path, summary())).text
+    assert "if all of best-of-16 is baked" in text
+    assert "reward 0.14 0.08 to 0.20 0.86 0.80 to 0.92 0.74 0.68 to 0.80 83 %" in text
+    assert "base, by reward 11 % · 29 % · 60 %" in text
+    assert "on how many of 64 prompts all, some or none of 4 tries get full marks" in text
+
+
+def test_continuous_scores_are_not_called_solved(tmp_path):
+    numbers = summary()
+    for round_ in (numbers["base"], *numbers["rounds"]):
+        round_["solved"] = round_["audit"]["solved"] = None
+    page = report(write_run(tmp_path, numbers))
+    assert "Predicted and achieved" in page.text
+    assert "Which prompts are solved" not in page.text
+
+
+def test_a_flat_prediction_is_on_the_page(tmp_path):
+    numbers = summary(rounds=0)
+    numbers["prediction"]["flat"] = "Nothing to learn from: <b>on 0 of 64"
+    text = report(write_run(tmp_path, numbers)).text
+    assert "It said that training would not pay: Nothing to learn from: <b>on 0 of 64." in text
+    assert "achieved" not in text
+
+
+def test_a_run_of_an_older_version_has_no_prediction(tmp_path):
+    numbers = summary()
+    del numbers["prediction"]
+    assert "Predicted" not in report(write_run(tmp_path, numbers)).text
+
+
+def test_twenty_pairs_fall_as_they_fall(tmp_path):
+    numbers, evals = summary(), {k: evaluation(k, 0.5, num_prompts=24) for k in range(3)}
+    rewards = [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (None, 0.5)] * 6
     for i, (before, after) in enumerate(rewards):
         evals[0]["samples"][i]["responses"][0]["reward"] = before
         evals[2]["samples"][i]["responses"][0]["reward"] = after
     page = report(write_run(tmp_path, numbers, evals))
-    assert page.tags.count("article") == 10
-    assert "3 better, 3 worse, 3 equal, 3 not scored on both sides on all 12 prompts" in page.text
+    assert page.tags.count("article") == 20
+    assert "6 better, 6 worse, 6 equal, 6 not scored on both sides on all 24 prompts" in page.text
     assert "reward unscored" in page.text
 
 
-def test_the_same_ten_prompts_however_they_came_out(tmp_path):
+def test_the_same_twenty_prompts_however_they_came_out(tmp_path):
     def prompts(name: str, quality: float) -> list[str]:
         evals = {k: evaluation(k, quality) for k in range(3)}
         html = write_report(write_run(tmp_path / name, summary(), evals)).read_text(encoding="utf-8")
         return re.findall(r"\(ticket \d+\)", html)
 
     assert prompts("a", 0.1) == prompts("b", 0.9)
-    assert len(prompts("a", 0.1)) == 10
+    assert len(prompts("a", 0.1)) == 20
 
 
-def test_fewer_than_ten_prompts_and_no_response(tmp_path):
+def test_fewer_than_twenty_prompts_and_no_response(tmp_path):
     evals = {k: evaluation(k, 0.5, num_prompts=1) for k in range(3)}
     evals[2]["samples"][0]["responses"] = []
     evals[0]["samples"][0]["responses"][0]["text"] = "y" * (MOST_CHARACTERS + 1234)

@@ -7,6 +7,7 @@ Heavy imports happen inside the commands, so that `tao --help` answers at once.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from opentao.cli_reward import reward_app
 from opentao.config import Config, load_config
 from opentao.errors import DataError
 from opentao.progress import Progress
+from opentao.show import visible
 
 if TYPE_CHECKING:
     from opentao.session import Session
@@ -94,6 +96,13 @@ def run_command(
     config: ConfigPath,
     run: RunDir = Path("tao-run"),
     overrides: Overrides = None,
+    stop_if_flat: Annotated[
+        bool | None,
+        typer.Option(
+            "--stop-if-flat/--go-on-if-flat",
+            help="Stop before any training if the base's groups show nothing to gain; default: ask, on a terminal.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rounds of generate, score, train and evaluate, then the verdict. Resumes where it stopped."""
@@ -102,8 +111,40 @@ def run_command(
 
     prepare_process()
     with Progress() as progress:
-        summary = loop.run(loaded, run, progress)
+        summary = loop.run(loaded, run, progress, go_on=lambda why: _goes_on(why, stop_if_flat))
     _finished(summary, run, as_json)
+
+
+def _goes_on(why: str, stop_if_flat: bool | None) -> bool:
+    """Train although the curve is flat? What the option says; without it a person is asked, and a script goes on."""
+    if stop_if_flat is not None:
+        return not stop_if_flat
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    return typer.confirm(f"{visible(why)}. Train all the same?", default=False, err=True)
+
+
+@app.command()
+@guarded
+def predict(
+    config: ConfigPath,
+    run: RunDir = Path("tao-run"),
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run can gain, from the base's groups alone; `tao run` on the same directory uses them again."""
+    from opentao.loop import measure, policy_before
+    from opentao.predict import predict as predict_gain
+    from opentao.predict import prediction_table
+
+    with _open(config, run, overrides) as session:
+        base = policy_before(session, 1)
+        prediction = predict_gain(session, measure(session, 0, base, base, earlier=[], facts=None).evaluation)
+        model = session.config.model
+    if as_json:
+        emit(prediction, True)
+    else:
+        Console().print(prediction_table(prediction, model))
 
 
 @app.command("import")

@@ -186,6 +186,9 @@ class EvaluateConfig(Node):
     base_group_size: int = Field(16, ge=2, description="responses per prompt for the base's best-of-k curve")
     group_size: int = Field(4, ge=1, description="responses per prompt for a tuned policy")
     kl_responses: int = Field(2, ge=1, description="responses per prompt whose KL from the base is measured")
+    solved_at: float | None = Field(
+        None, allow_inf_nan=False, description="reward from which an answer counts as solved; default: full marks"
+    )
     bootstrap: int = Field(2000, ge=100, description="resamples of the prompts behind every interval")
     confidence: float = Field(0.95, gt=0.5, lt=1)
 

@@ -24,6 +24,7 @@ from opentao.rows import Sequences
 from opentao.score import failures, score, unscored
 from opentao.scorers.verifiers.repetition import distinct_share
 from opentao.session import AUDIT, Session
+from opentao.solved import full_marks, solved
 from opentao.types import NAN, PLAIN, Group, SamplingPlan, content_hash
 
 Values = NDArray[np.float64]
@@ -37,6 +38,8 @@ class Evaluation:
 
     round: int
     policy: Policy
+    rewards_PN: list[Values]  # of every sampled response, NaN where unscored
+    audits_PN: list[Values]
     first_P: Values
     greedy_P: Values
     best_P: dict[int, Values]  # k -> expected best of k
@@ -67,6 +70,8 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     return Evaluation(
         round=round_,
         policy=policy,
+        rewards_PN=rewards,
+        audits_PN=audits,
         first_P=_means(rewards),
         greedy_P=_means([_rewards(g) for g in greedy]),
         best_P={k: _bests(rewards, k) for k in ks},
@@ -193,8 +198,13 @@ def round_summary(session: Session, own: Evaluation, base: Evaluation) -> dict[s
         "audit": None,
         "audit_improvement": None,
     }
+    at, tries = settings.solved_at, min(settings.base_group_size, settings.group_size)
+    at = full_marks(base.rewards_PN) if at is None else at
+    summary["solved"] = None if at is None else solved(own.rewards_PN, at, args, tries)
     if session.audit is not None:
+        marks = full_marks(base.audits_PN)
         summary["audit"] = {
+            "solved": None if marks is None else solved(own.audits_PN, marks, args, tries),
             "first_try": interval(own.audit_first_P),
             "greedy": interval(own.audit_greedy_P),
             "best_of": {str(k): interval(v) for k, v in own.audit_best_P.items()},

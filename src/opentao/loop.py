@@ -2,14 +2,15 @@
 
 Every stage is a pure function of what it is given and leaves files under the run directory; started again after a kill,
 `run` walks the same path and reuses what is there. The round that does best on held-out prompts is kept; if none beats
-the base beyond doubt, the verdict is "keep base". A round whose reward rises while the audit falls ends the run. What
-it looks like: `tao demo`, `examples/loop_from_scratch.py`.
+the base beyond doubt, the verdict is "keep base". Before any training the base's groups say what there is to gain; a
+round whose reward rises while the audit falls ends the run. What it looks like: `tao demo`,
+`examples/loop_from_scratch.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from opentao.evaluate import Evaluation, evaluate, round_summary
 from opentao.generate import generate
 from opentao.guard import best_of, watch
 from opentao.policy import Policy
+from opentao.predict import predict, said
 from opentao.progress import Progress
 from opentao.report import write_report
 from opentao.score import failures, score, unscored
@@ -41,11 +43,25 @@ class Outcome:
     failures: Counter[str] = field(default_factory=Counter)
 
 
-def run(config: Config, directory: Path, progress: Progress, engine: Engine | None = None) -> dict[str, Any]:
-    """Tune `config.model` from prompts alone. Returns the content of `summary.json`."""
+def run(
+    config: Config,
+    directory: Path,
+    progress: Progress,
+    engine: Engine | None = None,
+    go_on: Callable[[str], bool] = lambda why_flat: True,
+) -> dict[str, Any]:
+    """Tune `config.model` from prompts alone. Returns the content of `summary.json`.
+
+    `go_on` is asked before any training if the prediction is that there is nothing to gain, and told why.
+    """
     with open_session(config, directory, progress, engine) as session:
         base = policy = Policy.of_base(config.model, trust_remote_code=config.trust_remote_code)
         outcomes = [measure(session, 0, base, base, earlier=[], facts=None)]
+        prediction = predict(session, outcomes[0].evaluation)
+        for line in said(prediction):
+            progress.note(line)
+        if prediction["flat"] and not go_on(prediction["flat"]):
+            return finish(session, outcomes, prediction, stopped=prediction["flat"])
         for round_ in range(1, config.rounds + 1):
             shards = sample_round(session, round_, policy)
             groups = score(session, shards, f"round {round_}: score")
@@ -53,15 +69,15 @@ def run(config: Config, directory: Path, progress: Progress, engine: Engine | No
                 policy, facts = train(session, round_, policy, groups)
             except TrainError as error:
                 progress.note(f"round {round_}: {error}")
-                return finish(session, outcomes, stopped=str(error))
+                return finish(session, outcomes, prediction, stopped=str(error))
             outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
             outcome.unscored += unscored(groups)
             outcome.failures += failures(groups)
             outcomes.append(outcome)
             if reason := outcome.numbers["guard"]["tripped"]:
                 progress.note(reason)
-                return finish(session, outcomes, stopped=reason)
-        return finish(session, outcomes)
+                return finish(session, outcomes, prediction, stopped=reason)
+        return finish(session, outcomes, prediction)
 
 
 def sample_round(session: Session, round_: int, policy: Policy) -> list[str]:
@@ -101,7 +117,7 @@ def measure(
     )
 
 
-def finish(session: Session, outcomes: list[Outcome], stopped: str | None = None) -> dict[str, Any]:
+def finish(session: Session, outcomes: list[Outcome], prediction: Facts, stopped: str | None = None) -> dict[str, Any]:
     """Verdict, `summary.json`, `report.html`."""
     summary = write_summary(
         session,
@@ -109,6 +125,7 @@ def finish(session: Session, outcomes: list[Outcome], stopped: str | None = None
         [o.evaluation.policy for o in outcomes],
         unscored=sum((o.unscored for o in outcomes), Counter()),
         failures=sum((o.failures for o in outcomes), Counter()),
+        prediction=prediction,
         stopped=stopped,
     )
     write_report(session.run.root)

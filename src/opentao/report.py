@@ -25,6 +25,7 @@ from opentao.charts import Chart, Level, Series, draw
 from opentao.errors import DataError
 from opentao.pages import load_template
 from opentao.summary import (
+    NO_MEAN,
     Answer,
     Audit,
     Evaluation,
@@ -32,11 +33,12 @@ from opentao.summary import (
     Mean,
     Round,
     Sample,
+    Solved,
     Summary,
     read,
 )
 
-NUM_PAIRS = 10
+NUM_PAIRS = 20
 PAIRS_SEED = 0
 MOST_CHARACTERS = 4000  # of one response on the page
 MOST_SET_ASIDE = 20  # rows listed; the file has them all
@@ -61,6 +63,8 @@ def write_report(directory: Path) -> Path:
         equal=_equal_sentence(summary.base, after),
         curves=_curves(summary),
         histories=_histories(summary),
+        forecasts=_forecasts(summary),
+        solves=_solves(summary),
         costs=_costs(summary),
         compared=_compare(base.samples, tuned.samples if tuned else None),
         set_aside=_set_aside(directory / "set_aside.jsonl"),
@@ -171,6 +175,55 @@ def _baselines(run: Summary, on: str) -> list[Level]:
     return [Level(name=name, y=mean, style="baseline") for name, mean in means if mean is not None]
 
 
+# --------------------------------------------------------------------------------------------------- prediction
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Forecast:
+    """First try by one scale: before, predicted if all is baked, achieved."""
+
+    by: str  # "reward" or "audit"
+    first: Mean
+    target: Mean
+    achieved: Mean
+    way: float | None  # (achieved − first) / (target − first)
+
+
+def _forecasts(run: Summary) -> list[Forecast]:
+    if run.prediction is None:
+        return []
+    after = run.shown
+    rows = [("reward", run.prediction.first_try, run.prediction.target, after.first_try if after else NO_MEAN)]
+    if (audit := run.prediction.audit) is not None:
+        achieved = after.audit.first_try if after and after.audit else NO_MEAN
+        rows.append(("audit", audit.first_try, audit.target, achieved))
+    return [Forecast(by=by, first=f, target=t, achieved=a, way=_way(f, t, a)) for by, f, t, a in rows]
+
+
+def _way(first: Mean, target: Mean, achieved: Mean) -> float | None:
+    """How far the first try came; None where there was no way to go."""
+    if first.mean is None or target.mean is None or achieved.mean is None or target.mean <= first.mean:
+        return None
+    return (achieved.mean - first.mean) / (target.mean - first.mean)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Solve:
+    """One bar: who solves how many prompts."""
+
+    who: str
+    solved: Solved
+
+
+def _solves(run: Summary) -> list[Solve]:
+    """By reward and by audit, before and after; nothing where scores are continuous."""
+    rounds = [run.base, *([run.shown] if run.shown else [])]
+    bars = [Solve(who=f"{r.name}, by reward", solved=r.solved) for r in rounds if r.solved]
+    return bars + [
+        Solve(who=f"{r.name}, by audit", solved=r.audit.solved) for r in rounds if r.audit and r.audit.solved
+    ]
+
+
 # --------------------------------------------------------------------------------------------------- rounds and cost
 
 
@@ -184,12 +237,19 @@ def _histories(run: Summary) -> list[Picture]:
     """First try, audit and KL over the rounds; nothing without rounds."""
     every = [run.base, *run.rounds]
     audits = {r.round: r.audit.first_try for r in every if r.audit is not None}
+    levels = {by: _baselines(run, by) for by in ("reward", "audit")}
+    for row in _forecasts(run):
+        levels[row.by] += _predicted(row.target)
     pictures = [
-        _history("First try by reward", {r.round: r.first_try for r in every}, _baselines(run, "reward")),
-        _history("First try by audit", audits, _baselines(run, "audit")),
+        _history("First try by reward", {r.round: r.first_try for r in every}, levels["reward"]),
+        _history("First try by audit", audits, levels["audit"]),
         _history("KL from the base, nats a response", {r.round: r.kl for r in every}, []),
     ]
     return [p for p in pictures if p.svg] if run.rounds else []
+
+
+def _predicted(target: Mean) -> list[Level]:
+    return [] if target.mean is None else [Level(name="predicted", y=target.mean, style="base")]
 
 
 def _history(heading: str, means: Mapping[int, Mean], levels: Sequence[Level]) -> Picture:

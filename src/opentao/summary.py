@@ -51,6 +51,16 @@ class Mean(Facts):
 NO_MEAN = Mean(mean=None, low=None, high=None, n=0)
 
 
+class Solved(Facts):
+    """Shares of prompts on which all, some or none of so many answers reach `at`."""
+
+    at: float
+    tries: int
+    always: Mean
+    sometimes: Mean
+    never: Mean
+
+
 class Audit(Facts):
     """The same numbers by the scorer that was never trained on."""
 
@@ -58,6 +68,7 @@ class Audit(Facts):
     greedy: Mean = NO_MEAN
     best_of: dict[int, Mean]
     selected_of: dict[int, Mean] = {}  # audit of the response that the reward would pick among k
+    solved: Solved | None = None
 
 
 class Training(Facts):
@@ -89,6 +100,7 @@ class Round(Facts):
     length: Mean  # tokens a response
     distinct: Mean = NO_MEAN  # share of runs of four words that have not stood before in the response
     guard: Guard = Guard()
+    solved: Solved | None = None  # of as many tries as the policy with the fewer of them has
     baked_fraction: Mean
     baked_k: int = 8
     improvement: Mean | None = None
@@ -100,6 +112,31 @@ class Round(Facts):
     @property
     def name(self) -> str:
         return "base" if self.round == 0 else f"round {self.round}"
+
+
+class AuditPrediction(Facts):
+    """What the audit makes of the answers that the reward would pick."""
+
+    first_try: Mean
+    curve: dict[int, Mean]
+    target: Mean
+    gain: Mean
+    solved: Solved | None = None
+
+
+class Prediction(Facts):
+    """What the base's groups say before any training; `target` is the first try if all of best-of-n is baked."""
+
+    target_n: int
+    responses: int  # the base's tries per prompt
+    first_try: Mean
+    curve: dict[int, Mean]
+    target: Mean
+    gain: Mean
+    informative: Mean
+    solved: Solved | None = None
+    audit: AuditPrediction | None = None
+    flat: str | None = None  # why training would not pay
 
 
 class SetAside(Facts):
@@ -138,6 +175,7 @@ class Summary(Facts):
     failures: dict[str, int]
     prompts: Prompts
     baselines: list[Baseline] = []
+    prediction: Prediction | None = None
     confidence: float | None = None  # of every interval, e.g. 0.95
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ def write_summary(
     *,
     unscored: Counter[str],
     failures: Counter[str],
+    prediction: dict[str, Any],
     stopped: str | None,
 ) -> dict[str, Any]:
     """Write and return the summary; `rounds[0]` is the base."""
@@ -46,6 +47,7 @@ def write_summary(
         "failures": dict(failures),
         "prompts": {"train": len(session.train_prompts), "heldout": len(session.heldout)},
         "baselines": [],
+        "prediction": prediction,
         "confidence": session.config.evaluate.confidence,
     }
     session.run.write_json("summary.json", content_hash(summary), summary)
@@ -64,6 +66,8 @@ def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, s
     rounds = [r for r in tuned if r["first_try"]["mean"] is not None and not r["guard"]["tripped"]]
     if tuned and not rounds and any(r["guard"]["tripped"] for r in tuned):
         return 0, "keep base", "No other round was trained."
+    if not tuned:
+        return 0, "keep base", "No round was trained."
     if not rounds or base["first_try"]["mean"] is None:
         return 0, "keep base", "No round could be compared with the base."
     best = max(rounds, key=lambda r: (r["first_try"]["mean"], -r["round"]))
