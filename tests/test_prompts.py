@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opentao.config import PromptsConfig
@@ -395,6 +395,27 @@ def test_near_copies_never_straddle(texts: list[str], fraction: float, shuffle: 
     assert all(jaccard(a.text, b.text) < 0.5 for a in parts.train for b in parts.heldout)
     shuffle.shuffle(prompts)
     assert split(prompts, settings_) == parts
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(sentences, st.sampled_from("abcde")), min_size=2, max_size=40), st.floats(0.05, 0.9))
+def test_what_split_by_names_never_straddles(rows: list[tuple[str, str]], fraction: float) -> None:
+    prompts = [Prompt.from_text(text, table=name) for text, name in dict(rows).items()]
+    settings_ = config(heldout_fraction=fraction, near_duplicate=0.5, max_heldout=1000, split_by="table")
+    try:
+        parts = split(prompts, settings_)
+    except DataError:
+        assume(False)  # all are one cluster
+    assert sorted(p.id for p in parts.train + parts.heldout) == sorted(p.id for p in prompts)
+    assert not {p.meta["table"] for p in parts.train} & {p.meta["table"] for p in parts.heldout}
+    assert all(jaccard(a.text, b.text) < 0.5 for a in parts.train for b in parts.heldout)
+    assert split(prompts[::-1], settings_) == parts
+
+
+def test_split_by_needs_the_entry_on_every_prompt() -> None:
+    prompts = [Prompt.from_text("one", table="a"), Prompt.from_text("two", db="b", c=1)]
+    with pytest.raises(DataError, match=r"p\.jsonl: prompts\.split_by: 'table' is not in the meta .* has c, db"):
+        split(prompts, config(split_by="table"))
 
 
 def test_about_the_right_share_is_held_out() -> None:

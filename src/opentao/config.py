@@ -65,6 +65,9 @@ class PromptsConfig(Node):
 
     path: str = Field(description="JSONL, Parquet or CSV with `prompt` (text) or `messages` (chat)")
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of prompts never trained on, by prompt hash")
+    split_by: str | None = Field(
+        None, description="name of a meta entry, e.g. db_id: prompts with the same value stay on the same side"
+    )
     max_heldout: int = Field(64, ge=2, description="held-out prompts used for evaluation")
     max_train: int | None = Field(None, ge=1, description="use only this many training prompts")
     near_duplicate: float = Field(

@@ -8,6 +8,7 @@ in practice), approximate MinHash (the exact join is fast enough). Shown by ``py
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -36,23 +37,46 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
 
     A cluster's place in [0, 1) is the hash of the smallest id in it; places below `heldout_fraction` are held out, and
     at least one cluster goes to each side. (The smallest id itself would be a biased place: the more prompts in a
-    cluster, the lower it is, and the held-out side would be full of large clusters.) Then the caps keep the first
-    prompts of each side by id; a held-out prompt over the cap is not used at all.
+    cluster, the lower it is, and the held-out side would be full of large clusters.) With `split_by`, clusters that
+    share a value of that meta entry are one. Then the caps keep the first prompts of each side by id; a held-out prompt
+    over the cap is not used at all.
 
     Raises:
-        DataError: fewer than two clusters.
+        DataError: fewer than two clusters, or a prompt without the entry that `split_by` names.
     """
-    clusters = sorted(near_duplicates(prompts, config.near_duplicate), key=_place)
+    clusters = near_duplicates(prompts, config.near_duplicate)
+    if config.split_by is not None:
+        clusters = _joined_by(clusters, config.split_by, config.path)
+    clusters = sorted(clusters, key=_place)
     if len(clusters) < 2:
         found = f"{counted(len(prompts), 'prompt')} in {counted(len(clusters), 'cluster')}"
         raise DataError(
             f"{config.path}: {found} of near-duplicates;"
-            " expected at least 2, one to train on and one to hold out (prompts.near_duplicate sets what counts as one)"
+            " expected at least 2, one to train on and one to hold out (prompts.near_duplicate"
+            f"{' and prompts.split_by set' if config.split_by else ' sets'} what counts as one)"
         )
     num_below = sum(_place(cluster) < config.heldout_fraction for cluster in clusters)
     cut = min(max(num_below, 1), len(clusters) - 1)
     heldout, train = (_by_id(side) for side in (clusters[:cut], clusters[cut:]))
     return Split(train=train[: config.max_train], heldout=heldout[: config.max_heldout])
+
+
+def _joined_by(clusters: Sequence[list[Prompt]], entry: str, path: str) -> list[list[Prompt]]:
+    """Clusters that share a value of the meta entry, put together."""
+    parents, first = list(range(len(clusters))), dict[str, int]()
+    for item, cluster in enumerate(clusters):
+        for prompt in cluster:
+            if entry not in prompt.meta:
+                raise DataError(
+                    f"{path}: prompts.split_by: {entry!r} is not in the meta of prompt {prompt.id}, which has"
+                    f" {', '.join(sorted(prompt.meta)) or 'none'}"
+                )
+            other = first.setdefault(json.dumps(prompt.meta[entry], sort_keys=True), item)
+            parents[_root(parents, item)] = _root(parents, other)
+    joined: dict[int, list[Prompt]] = defaultdict(list)
+    for item, cluster in enumerate(clusters):
+        joined[_root(parents, item)] += cluster
+    return list(joined.values())
 
 
 def _place(cluster: Sequence[Prompt]) -> float:
