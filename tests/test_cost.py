@@ -29,6 +29,8 @@ def test_split_sizes() -> None:
     assert split_sizes(config(), 100) == (10, 40)
     assert split_sizes(config(prompts_per_round=7), 100) == (10, 7)
     assert split_sizes(config(prompts_per_round=7), 10) == (2, 7)
+    held = config().model_copy(update={"prompts": config().prompts.model_copy(update={"heldout_path": "h.jsonl"})})
+    assert split_sizes(held, 100) == (held.prompts.max_heldout, 50)
 
 
 def test_tokens_by_hand() -> None:

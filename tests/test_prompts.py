@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from opentao.config import PromptsConfig
 from opentao.errors import DataError
 from opentao.prompts import Reading, SetAside, read_prompts
-from opentao.split import near_duplicates, split
+from opentao.split import near_duplicates, split, split_given
 from opentao.store import prompts_to_table, table_to_prompts
 from opentao.types import Prompt
 
@@ -410,6 +410,29 @@ def test_what_split_by_names_never_straddles(rows: list[tuple[str, str]], fracti
     assert not {p.meta["table"] for p in parts.train} & {p.meta["table"] for p in parts.heldout}
     assert all(jaccard(a.text, b.text) < 0.5 for a in parts.train for b in parts.heldout)
     assert split(prompts[::-1], settings_) == parts
+
+
+@settings(max_examples=50)
+@given(st.lists(sentences, min_size=1, max_size=30), st.lists(sentences, max_size=6))
+def test_given_held_out_prompts_are_all_held_out(texts: list[str], held: list[str]) -> None:
+    prompts, heldout = prompts_of(texts), prompts_of(held)
+    settings_ = config(near_duplicate=0.5, max_heldout=1000, heldout_path="h.jsonl")
+    try:
+        parts = split_given(prompts, heldout, settings_)
+    except DataError:
+        assume(False)  # nothing is unlike them
+    assert sorted(p.id for p in parts.heldout) == sorted(p.id for p in heldout)
+    assert {p.id for p in parts.train} <= {p.id for p in prompts} - {p.id for p in heldout}
+    assert all(jaccard(a.text, b.text) < 0.5 for a in parts.train for b in heldout)
+    assert split_given(prompts[::-1], heldout[::-1], settings_) == parts
+
+
+def test_given_held_out_prompts_by_hand() -> None:
+    prompts = [Prompt.from_text(t, table=n) for t, n in (("one", "a"), ("two", "b"), ("three", "b"), ("four", "c"))]
+    parts = split_given(prompts, [prompts[1]], config(heldout_path="h.jsonl", split_by="table"))
+    assert (sorted(p.text for p in parts.train), [p.text for p in parts.heldout]) == (["four", "one"], ["two"])
+    with pytest.raises(DataError, match=r"p\.jsonl: of 1 prompt 0 are unlike all of 1 prompt in h\.jsonl"):
+        split_given(prompts[:1], prompts[:1], config(heldout_path="h.jsonl"))
 
 
 def test_split_by_needs_the_entry_on_every_prompt() -> None:

@@ -64,6 +64,9 @@ class PromptsConfig(Node):
     """Where prompts come from and which are held out."""
 
     path: str = Field(description="JSONL, Parquet or CSV with `prompt` (text) or `messages` (chat)")
+    heldout_path: str | None = Field(
+        None, description="a file of prompts to hold out instead of a share; what is like one of them is not trained on"
+    )
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of prompts never trained on, by prompt hash")
     split_by: str | None = Field(
         None, description="name of a meta entry, e.g. db_id: prompts with the same value stay on the same side"

@@ -66,10 +66,12 @@ class Probe:
 
 
 def split_sizes(config: Config, num_prompts: int) -> tuple[int, int]:
-    """Prompts (held out, trained on in each round), about: the split goes by hash."""
-    share = round(num_prompts * config.prompts.heldout_fraction)
-    train = min(num_prompts - share, config.prompts.max_train or num_prompts)
-    return min(share, config.prompts.max_heldout), min(train, config.prompts_per_round or train // config.rounds)
+    """Prompts (held out, trained on in each round), about: the split goes by hash. A held-out file counts as large."""
+    settings, own_file = config.prompts, config.prompts.heldout_path is not None
+    share = 0 if own_file else round(num_prompts * settings.heldout_fraction)
+    train = min(num_prompts - share, settings.max_train or num_prompts)
+    heldout = settings.max_heldout if own_file else min(share, settings.max_heldout)
+    return heldout, min(train, config.prompts_per_round or train // config.rounds)
 
 
 def count_tokens(config: Config, num_prompts: int, prompt_tokens: float) -> dict[str, Stage]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opentao.config import Config, ScorerConfig, dump_config
+from opentao.config import Config, PromptsConfig, ScorerConfig, dump_config
 from opentao.errors import StoreError
 from opentao.progress import Progress
-from opentao.prompts import read_prompts
+from opentao.prompts import Reading, read_prompts
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import Gate
-from opentao.split import split
+from opentao.split import Split, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
 
@@ -120,17 +120,29 @@ def _import_prompts(run: Run, config: Config, progress: Progress) -> tuple[list[
     names = ("prompts/train.parquet", "prompts/heldout.parquet", "set_aside.jsonl", "import.json")
     if not all(run.have(name) for name in names):
         with progress.stage("import", total=1, unit="files") as step:
-            reading = read_prompts(Path(config.prompts.path))
-            sides = split(reading.prompts, config.prompts)
-            key = content_hash(file_hash(Path(config.prompts.path)), config.prompts.model_dump(mode="json"))
+            readings, sides = _read_and_split(config.prompts)
+            files = [config.prompts.path, config.prompts.heldout_path]
+            key = content_hash([file_hash(Path(f)) for f in files if f], config.prompts.model_dump(mode="json"))
+            understood = "; held out: ".join(r.understood for r in readings)
             run.write_table(names[0], key, prompts_to_table(sides.train))
             run.write_table(names[1], key, prompts_to_table(sides.heldout))
-            lines = "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in reading.set_aside)
+            lines = "".join(
+                json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for r in readings for row in r.set_aside
+            )
             run.commit(names[2], key, lambda p: _write(p, lines))
-            run.write_json(names[3], key, {"understood": reading.understood, "rows": reading.num_rows})
+            run.write_json(names[3], key, {"understood": understood, "rows": sum(r.num_rows for r in readings)})
             step.advance(1)
-        progress.note(reading.understood)
+        progress.note(understood)
     return tuple(table_to_prompts(run.read_table(name)) for name in names[:2])  # type: ignore[return-value]
+
+
+def _read_and_split(config: PromptsConfig) -> tuple[list[Reading], Split]:
+    """The files as they were read, and both sides."""
+    readings = [read_prompts(Path(config.path))]
+    if config.heldout_path is None:
+        return readings, split(readings[0].prompts, config)
+    readings.append(read_prompts(Path(config.heldout_path)))
+    return readings, split_given(readings[0].prompts, readings[1].prompts, config)
 
 
 def _fingerprint(config: ScorerConfig) -> dict[str, Any]:

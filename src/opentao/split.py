@@ -44,10 +44,7 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
     Raises:
         DataError: fewer than two clusters, or a prompt without the entry that `split_by` names.
     """
-    clusters = near_duplicates(prompts, config.near_duplicate)
-    if config.split_by is not None:
-        clusters = _joined_by(clusters, config.split_by, config.path)
-    clusters = sorted(clusters, key=_place)
+    clusters = sorted(_clusters(prompts, config), key=_place)
     if len(clusters) < 2:
         found = f"{counted(len(prompts), 'prompt')} in {counted(len(clusters), 'cluster')}"
         raise DataError(
@@ -59,6 +56,28 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
     cut = min(max(num_below, 1), len(clusters) - 1)
     heldout, train = (_by_id(side) for side in (clusters[:cut], clusters[cut:]))
     return Split(train=train[: config.max_train], heldout=heldout[: config.max_heldout])
+
+
+def split_given(prompts: Sequence[Prompt], heldout: Sequence[Prompt], config: PromptsConfig) -> Split:
+    """Hold out the given prompts, and train on those of the others that are in no cluster with one of them.
+
+    Raises:
+        DataError: nothing is left to train on, or there is nothing to hold out.
+    """
+    ids = {p.id for p in heldout}
+    clusters = _clusters([*heldout, *(p for p in prompts if p.id not in ids)], config)
+    train = _by_id([cluster for cluster in clusters if not ids & {p.id for p in cluster}])
+    if not heldout or not train:
+        raise DataError(
+            f"{config.path}: of {counted(len(prompts), 'prompt')} {len(train)} are unlike all of"
+            f" {counted(len(heldout), 'prompt')} in {config.heldout_path}; expected at least 1 of each"
+        )
+    return Split(train=train[: config.max_train], heldout=_by_id([heldout])[: config.max_heldout])
+
+
+def _clusters(prompts: Sequence[Prompt], config: PromptsConfig) -> list[list[Prompt]]:
+    clusters = near_duplicates(prompts, config.near_duplicate)
+    return clusters if config.split_by is None else _joined_by(clusters, config.split_by, config.path)
 
 
 def _joined_by(clusters: Sequence[list[Prompt]], entry: str, path: str) -> list[list[Prompt]]:
