@@ -22,7 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
-DOCTESTS = ("opentao.types", "opentao.bestofn")
+DOCTESTS = tuple(
+    f"opentao.{name}"
+    for name in ("types", "bestofn", "predict", "solved", "report", "optimise", "progress", "scorers.plugin")
+)
 SNIPPET = re.compile(r"^<!-- run -->\n```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 

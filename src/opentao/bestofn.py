@@ -282,7 +282,8 @@ def paired_difference(
     """Mean of tuned - base over the prompts that have both: prompts vary far more than policies do.
 
     Args:
-        tuned_P, base_P: [P] same prompts, same order; NaN = not available.
+        tuned_P: [P] one value a prompt; NaN = not available.
+        base_P: [P] of the same prompts in the same order.
     """
     columns = _columns(tuned_P, base_P)
     difference_P = columns[:, 0] - columns[:, 1]
@@ -315,7 +316,9 @@ def baked_fraction(
     itself is not established. Dropping them would make the interval narrow just where it should be wide.
 
     Args:
-        tuned_first_P, base_first_P, base_best_P: [P] mean first-try and best-of-N scores; same prompts, same order.
+        tuned_first_P: [P] mean first-try score of each prompt, tuned.
+        base_first_P: [P] the same of the base; same prompts, same order.
+        base_best_P: [P] the base's best of N.
 
     Source: docs/method.md.
     """
