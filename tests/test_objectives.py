@@ -116,16 +116,17 @@ def test_advantages_by_hand() -> None:
     # mean 1; deviations -1, 0, 1; std (ddof 1) 1;  leave-one-out: 0 - 1.5, 1 - 1, 2 - 0.5
     rewards = np.array([0.0, 1.0, NAN, 2.0])
     np.testing.assert_allclose(advantages(rewards, "group"), [-1, 0, NAN, 1])
+    np.testing.assert_allclose(advantages(rewards, "centred"), [-1, 0, NAN, 1])
     np.testing.assert_allclose(advantages(rewards, "loo"), [-1.5, 0, NAN, 1.5])
 
 
-@pytest.mark.parametrize("kind", ["group", "loo"])
+@pytest.mark.parametrize("kind", ["group", "centred", "loo"])
 def test_equal_or_lonely_rewards_give_exact_zeros(kind: str) -> None:
     assert advantages(np.array([0.1, 0.1, 0.1]), kind).tolist() == [0, 0, 0]
     assert np.array_equal(advantages(np.array([0.1, NAN]), kind), [0, NAN], equal_nan=True)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("group", 1 / math.sqrt(2)), ("loo", 1.0)])
+@pytest.mark.parametrize(("kind", "size"), [("group", 1 / math.sqrt(2)), ("centred", 0.5), ("loo", 1.0)])
 def test_online_by_hand(kind: str, size: float) -> None:
     """Two tokens each, ratios 1.5 and 0.5, clipped to 1.2 and 0.8 where that makes the objective smaller."""
     log = [math.log(1.5), math.log(0.5)]

@@ -178,7 +178,9 @@ class TrainConfig(Node):
     target: Literal["rank", "value"] = Field("rank", description="regress: targets from ranks, or from reward / beta")
     floor: float = Field(2.0, gt=0, description="regress: the target log-ratio is floored at -floor")
     beta: float = Field(0.1, gt=0, description="regress with value target, prefer: strength of the KL to the reference")
-    advantage: Literal["group", "loo"] = Field("group", description="online: (r - mean) / std, or leave-one-out")
+    advantage: Literal["group", "centred", "loo"] = Field(
+        "group", description="online: (r - mean) / std, r - mean, or leave-one-out"
+    )
     clip: float = Field(0.2, gt=0, description="online: importance weights are clipped to 1 ± clip")
 
     @property

@@ -86,8 +86,9 @@ def prefer(credit: Credit, totals: Totals, config: TrainConfig) -> Tensor:
 def online(credit: Credit, totals: Totals, config: TrainConfig) -> Tensor:
     """−Σ_i Σ_t min(ρ A_i, clip(ρ, 1 ± c) A_i) / tokens, ρ = π / π_sampler per token.
 
-    A_i = (r_i − mean)/std over the group, or leave-one-out r_i − mean of the others. Source: GRPO (2402.03300) with
-    DAPO's token mean (2503.14476), RLOO (2402.14740).
+    A_i = (r_i − mean)/std over the group, r_i − mean, or leave-one-out r_i − mean of the others. Source: GRPO
+    (2402.03300) with DAPO's token mean (2503.14476); Dr. GRPO (2503.20783), whose divisor is a constant where ours is
+    the step's tokens; RLOO (2402.14740).
     """
     advantage = credit.like(advantages(credit.rewards_N, config.advantage))
     loss = credit.policy_logprobs[0].new_zeros(())
@@ -104,8 +105,9 @@ def advantages(rewards_N: np.ndarray, kind: str) -> np.ndarray:
     M = len(scored)
     if M < 2 or np.ptp(scored) == 0:
         return rewards_N * 0
-    centred = rewards_N - scored.mean()
-    return centred / scored.std(ddof=1) if kind == "group" else centred * M / (M - 1)
+    centred: np.ndarray = rewards_N - scored.mean()
+    scale = {"group": 1 / scored.std(ddof=1), "centred": 1.0, "loo": M / (M - 1)}[kind]
+    return centred * scale
 
 
 def _scored(rewards_N: np.ndarray, config: TrainConfig) -> list[int]:
