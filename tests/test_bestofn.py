@@ -238,6 +238,41 @@ def test_bootstrap_is_repeatable() -> None:
     assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
 
 
+@given(st.lists(st.floats(-5, 5) | st.just(NAN), min_size=1, max_size=12))
+def test_clusters_of_one_prompt_each_change_nothing(values: list[float]) -> None:
+    plain, own = bootstrap(values, resamples=100), bootstrap(values, resamples=100, clusters=range(len(values)))
+    assert str(plain) == str(own)  # NaN is not equal to itself
+
+
+def test_prompts_of_one_cluster_are_drawn_together() -> None:
+    """Ten databases of ten equal prompts each say as much as ten prompts."""
+    rng = np.random.default_rng(0)
+    ten = rng.normal(size=10)
+    clustered = bootstrap(np.repeat(ten, 10), clusters=np.repeat(range(10), 10).tolist())
+    few = bootstrap(ten)
+    assert (clustered.low, clustered.high) == pytest.approx((few.low, few.high))
+    assert clustered.n == 100
+    many = bootstrap(np.repeat(ten, 10))
+    assert many.high - many.low < 0.5 * (few.high - few.low)
+    alone = bootstrap([1.0, 2.0, NAN], clusters=["a", "a", "b"])
+    assert (alone.low, alone.high, alone.n) == (-math.inf, math.inf, 2)
+    with pytest.raises(ValueError, match="one cluster a prompt: got 1 for 2 prompts"):
+        paired_difference([1.0, 2.0], [0.0, 0.0], clusters=["a"])
+
+
+def test_cluster_intervals_cover_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    inside = 0
+    for trial in range(300):
+        levels = np.repeat(rng.normal(size=30), 5)
+        values = levels + rng.normal(size=150)
+        interval = bootstrap(
+            values, confidence=0.9, resamples=200, seed=trial, clusters=np.repeat(range(30), 5).tolist()
+        )
+        inside += interval.low <= 0 <= interval.high
+    assert 0.82 <= inside / 300 <= 0.96
+
+
 def test_bootstrap_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
     hits = 0

@@ -15,8 +15,8 @@ from opentao.guard import best_of, canary_shares, tripped
 
 
 def session(*, audit: bool = True) -> Any:
-    evaluate = SimpleNamespace(confidence=0.95, bootstrap=500)
-    return SimpleNamespace(config=SimpleNamespace(evaluate=evaluate, seed=0), audit=object() if audit else None)
+    args = {"confidence": 0.95, "resamples": 500, "seed": 0}
+    return SimpleNamespace(interval_args=args, audit=object() if audit else None)
 
 
 def evaluation(round_: int, first: Any, audit: Any) -> Any:

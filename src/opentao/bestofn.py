@@ -4,7 +4,7 @@ The scores of one group are treated as the whole distribution ("empirical"), so 
 included, with ties shared evenly. An unscored response is NaN: it takes no part, and stays NaN in the result.
 
 Left out: smoothing of the empirical distribution, and bias-corrected (BCa) intervals. The percentile bootstrap is a
-little narrow below some 20 prompts; evaluations use more.
+little narrow below some 20 prompts (or clusters of them); evaluations use more.
 
 Shown by ``pytest tests/test_bestofn.py``: hand-worked numbers, brute force over every tuple and subset, simulation.
 """
@@ -12,7 +12,7 @@ Shown by ``pytest tests/test_bestofn.py``: hand-worked numbers, brute force over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -232,6 +232,7 @@ def bootstrap(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Percentile bootstrap over prompts: the statistic on all of them, and its spread over resampled sets of them.
 
@@ -242,25 +243,46 @@ def bootstrap(
     Args:
         values_P: [P], or [P, columns] when several numbers belong to one prompt and are resampled together.
         statistic: of such an array.
+        clusters: [P] what each prompt belongs to (a database, a document). Prompts of one are alike, so whole clusters
+            are drawn, as many as there are; with one cluster the bounds are infinite. None: each prompt by itself.
 
-    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; Davison & Hinkley 1997, "Bootstrap
+    Methods and their Application", section 3.8.
     """
     if not (0 < confidence < 1 and resamples >= 1):
         raise ValueError(f"need 0 < confidence < 1 and resamples >= 1, got {confidence} and {resamples}")
     values = np.asarray(values_P, dtype=np.float64)
-    values = values[~np.isnan(values).any(axis=tuple(range(1, values.ndim)))]  # a prompt is whole or out
+    if clusters is not None and len(clusters) != len(values):
+        raise ValueError(f"one cluster a prompt: got {len(clusters)} for {len(values)} prompts")
+    there = np.atleast_1d(~np.isnan(values).any(axis=tuple(range(1, values.ndim))))  # a prompt is whole or out
+    values = values[there]
     n = len(values)
     point = statistic(values) if n else NAN
     if math.isnan(point):
         return Interval(mean=NAN, low=NAN, high=NAN, n=n)
-    if n == 1:
+    own = None if clusters is None else [c for c, kept in zip(clusters, there.tolist(), strict=True) if kept]
+    if n == 1 or (own is not None and len(set(own)) == 1):
         return Interval(mean=point, low=-math.inf, high=math.inf, n=n)
-    rng = np.random.default_rng(seed)
-    draws = np.array([statistic(values[rng.integers(n, size=n)]) for _ in range(resamples)])
+    draws = np.array([statistic(values[chosen]) for chosen in _resamples(n, own, resamples, seed)])
     tail = (1 - confidence) / 2
     low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), tail, method="lower")
     high = np.quantile(np.where(np.isnan(draws), np.inf, draws), 1 - tail, method="higher")
     return Interval(mean=point, low=float(low), high=float(high), n=n)
+
+
+def _resamples(n: int, clusters: Sequence[Hashable] | None, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Indices of each resample: n prompts with replacement, or as many whole clusters as there are."""
+    rng = np.random.default_rng(seed)
+    if clusters is None:
+        for _ in range(resamples):
+            yield rng.integers(n, size=n)
+        return
+    members: dict[Hashable, list[int]] = {}
+    for index, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(index)
+    blocks = [np.array(own, dtype=np.int64) for own in members.values()]
+    for _ in range(resamples):
+        yield np.concatenate([blocks[b] for b in rng.integers(len(blocks), size=len(blocks))])
 
 
 def _columns(*arrays_P: ArrayLike) -> Floats:
@@ -278,6 +300,7 @@ def paired_difference(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean of tuned - base over the prompts that have both: prompts vary far more than policies do.
 
@@ -287,7 +310,7 @@ def paired_difference(
     """
     columns = _columns(tuned_P, base_P)
     difference_P = columns[:, 0] - columns[:, 1]
-    return bootstrap(difference_P, confidence=confidence, resamples=resamples, seed=seed)
+    return bootstrap(difference_P, confidence=confidence, resamples=resamples, seed=seed, clusters=clusters)
 
 
 def _fraction(columns_P3: Floats) -> float:
@@ -304,6 +327,7 @@ def baked_fraction(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """How much of the base's best-of-N gain the tuned policy's first try has.
 
@@ -323,4 +347,4 @@ def baked_fraction(
     Source: docs/method.md.
     """
     columns = _columns(tuned_first_P, base_first_P, base_best_P)
-    return bootstrap(columns, _fraction, confidence=confidence, resamples=resamples, seed=seed)
+    return bootstrap(columns, _fraction, confidence=confidence, resamples=resamples, seed=seed, clusters=clusters)

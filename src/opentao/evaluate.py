@@ -174,11 +174,7 @@ def _or_null(value: float) -> float | None:
 def round_summary(session: Session, own: Evaluation, base: Evaluation) -> dict[str, Any]:
     """The numbers of one round, each mean with its interval and n."""
     settings = session.config.evaluate
-    args: dict[str, Any] = {
-        "confidence": settings.confidence,
-        "resamples": settings.bootstrap,
-        "seed": session.config.seed,
-    }
+    args = session.interval_args
 
     def interval(values: Values) -> dict[str, Any]:
         return bootstrap(values, **args).as_dict()

@@ -73,14 +73,9 @@ def watch(session: Session, own: Evaluation, best: Evaluation) -> dict[str, Any]
 
 def tripped(session: Session, own: Evaluation, best: Evaluation) -> str | None:
     """Why the run must stop, or None."""
-    settings = session.config.evaluate
-    args: dict[str, Any] = {
-        "confidence": settings.confidence,
-        "resamples": settings.bootstrap,
-        "seed": session.config.seed,
-    }
     if session.audit is None:
         return None
+    args = session.interval_args
     reward = paired_difference(own.first_P, best.first_P, **args)
     audit = paired_difference(own.audit_first_P, best.audit_first_P, **args)
     if not (reward.low > 0 and audit.high < 0):  # a missing interval is NaN, and compares as False

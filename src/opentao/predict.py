@@ -56,7 +56,7 @@ def predict(session: Session, base: Evaluation) -> dict[str, Any]:
     if base.round != 0:
         raise ValueError(f"predictions are made from the base, this is round {base.round}")
     settings, n = session.config.evaluate, session.config.train.target_n
-    args = {"confidence": settings.confidence, "resamples": settings.bootstrap, "seed": session.config.seed}
+    args = session.interval_args
     target_P = np.array([picked(r, r, n) for r in base.rewards_PN])
     informative = [float(len(set(r[~np.isnan(r)].tolist())) > 1) for r in base.rewards_PN]
     found: dict[str, Any] = {

@@ -48,6 +48,18 @@ class Session:
     def gates(self) -> dict[str, Gate]:
         return {s.label: Gate(at_least=s.gate.at_least, cap=s.gate.cap) for s in self.config.scorers if s.gate}
 
+    @property
+    def interval_args(self) -> dict[str, Any]:
+        """How intervals over the held-out prompts are made: over what `split_by` names, if it does."""
+        settings, entry = self.config.evaluate, self.config.prompts.split_by
+        clusters = None if entry is None else [json.dumps(p.meta[entry], sort_keys=True) for p in self.heldout]
+        return {
+            "confidence": settings.confidence,
+            "resamples": settings.bootstrap,
+            "seed": self.config.seed,
+            "clusters": clusters,
+        }
+
     def spent(self) -> dict[str, dict[str, float]]:
         """Seconds and tokens by stage since the last call."""
         now = {"seconds": dict(self.progress.seconds), "tokens": dict(self.progress.tokens)}

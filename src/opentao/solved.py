@@ -6,12 +6,14 @@ always are done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opentao.bestofn import Floats, bootstrap
+from opentao.types import NAN
 
 FULL_MARKS = 0.01  # share of answers that must have the highest score exactly, for it to mean "solved"
 
@@ -48,11 +50,11 @@ def solved(
     if at is None:
         return None
     reached = [own[~np.isnan(own)][:tries] >= at for own in values]
-    reached = [own for own in reached if own.size]
-    kinds = {
-        "always": [float(own.all()) for own in reached],
-        "sometimes": [float(own.any() and not own.all()) for own in reached],
-        "never": [float(not own.any()) for own in reached],
+    rules: dict[str, Callable[[NDArray[np.bool_]], bool]] = {
+        "always": lambda own: bool(own.all()),
+        "sometimes": lambda own: bool(own.any() and not own.all()),
+        "never": lambda own: not own.any(),
     }
+    kinds = {name: [float(rule(own)) if own.size else NAN for own in reached] for name, rule in rules.items()}
     means = {name: bootstrap(own, **args).as_dict() for name, own in kinds.items()}
     return {"at": at, "tries": max(map(len, reached), default=0)} | means

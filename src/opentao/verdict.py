@@ -49,6 +49,7 @@ def write_summary(
         "baselines": [],
         "prediction": prediction,
         "confidence": session.config.evaluate.confidence,
+        "intervals_over": session.config.prompts.split_by or "prompt",
     }
     session.run.write_json("summary.json", content_hash(summary), summary)
     return summary
