@@ -56,7 +56,7 @@ SCALE_PAIRS = 100  # that set the scale of scores and train nothing
 SKIPPED = 3  # every so manyth test row is scored at sizes before the last
 HEADS: tuple[Head, ...] = ("guided", "random")
 PEER = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, heldout=0.0)
-CURVE = replace(PEER, lr=1e-3, schedule="constant", rankings_per_step=10)  # sizes are whole steps; dev/LOG.md
+CURVE = replace(PEER, lr=1e-3, schedule="cooldown", rankings_per_step=10)  # sizes are whole steps; dev/LOG.md
 OPTION_PAIRS = 500
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {"balance_length": True},
@@ -148,7 +148,7 @@ def learn(
     settings: RewardTraining,
     work: Path,
 ) -> None:
-    """Train once over `rows` at a constant rate as far as the largest of `sizes`, and test at each of them.
+    """Train once over `rows` as far as the largest of `sizes`, and test at each of them; the rate falls after half.
 
     A pair's loss is taken before it is trained on, so `losses`, of the steps since the size before, are of pairs not
     yet seen, too. Goes on from its last checkpoint; what is kept already is not tested again.

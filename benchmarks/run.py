@@ -213,10 +213,10 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
     curve = {name: facts for name, facts in found.items() if name.startswith(("curve-", "option-"))}
     if curve:
         parts.append(
-            "hh-rlhf, helpful: a model of 135M after so many training pairs, one pass, at a constant rate, beside “the"
-            " longer answer wins” on the same test rows (a third of them before the last size). Intervals are over"
-            " rows. “On the way”: nats a pair since the size before, each before it was trained on; a coin’s are"
-            " 0.693.\n\n"
+            "hh-rlhf, helpful: a model of 135M after so many training pairs of one pass, beside “the longer answer"
+            " wins” on the same test rows (a third of them before the last size). The learning rate is constant over"
+            " the first half of 4,000 pairs and then falls to 0. Intervals are over rows. “On the way”: nats a pair"
+            " since the size before, each before it was trained on; a coin’s are 0.693.\n\n"
             "| head, or what differs | pairs | accuracy | rows | over “longer” | longer preferred | shorter preferred |"
             " calibration error | nats a choice | on the way |\n|---|---|---|---|---|---|---|---|---|---|"
         )

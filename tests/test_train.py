@@ -328,6 +328,15 @@ def test_a_linear_schedule_rises_to_its_peak_and_falls_to_the_last_step(total: i
     assert {rate("constant", step, total) for step in range(total)} == {1.0}
 
 
+@pytest.mark.parametrize("total", [1, 2, 7, 10, 11, 100])
+def test_a_cooldown_is_constant_for_half_of_the_steps_and_then_falls(total: int) -> None:
+    rates = [rate("cooldown", step, total) for step in range(total)]
+    assert all(r == 1.0 for r in rates[: total // 2 + 1])
+    assert all(a > b for a, b in pairwise(rates[total // 2 + 1 :]))
+    assert rates[-1] > 0
+    assert rates[-1] <= max(2 / total, 0.0)
+
+
 def test_the_schedule_sets_the_size_of_each_step() -> None:
     """AdamW under a constant gradient moves by the learning rate: ten steps of 0.1 x rate, so 0.1 x their sum."""
     model = torch.nn.Linear(1, 1, bias=False)

@@ -18,7 +18,7 @@ from opentao.types import RolloutDtype, SamplingPlan, Strategy, content_hash
 
 IDENTITY = {"reward_model": ("model",), "python": ("function",), "judge": ("url", "model")}  # args that say who judges
 
-Schedule = Literal["constant", "linear"]
+Schedule = Literal["constant", "linear", "cooldown"]
 LoraLayers = Literal["all-linear", "attention"]
 RewardLoss = Literal["auto", "bradley_terry", "plackett_luce"]
 Head = Literal["guided", "random"]
@@ -166,7 +166,10 @@ class TrainConfig(Node):
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-5 full, 2e-4 LoRA")
     keep: KeepConfig | None = Field(None, description="train on the informative part of each group; default: all")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
-    schedule: Schedule = Field("constant", description="linear: up over a tenth of the round's steps, then down to 0")
+    schedule: Schedule = Field(
+        "constant",
+        description="linear: up over a tenth of the round's steps, then down to 0; cooldown: down over the second half",
+    )
     temperature: float | None = Field(None, gt=0, description="of the learner's log-probs; default: that of sampling")
     epochs: int = Field(1, ge=1, description="passes over the round's groups")
     prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")

@@ -104,13 +104,20 @@ def batches(items: Sequence[Item], epochs: int, size: int, seed: int) -> Iterato
 
 
 def rate(schedule: Schedule, step: int, total: int) -> float:
-    """The learning rate of one step as a share of its peak: linear goes up over a tenth of the steps, then down.
+    """The learning rate of one step as a share of its peak.
+
+    linear: up over a tenth of the steps, then down to 0; cooldown: constant, then down to 0 over the second half, so
+    that what the first half says does not depend on where the end is (Hägele et al., arXiv 2405.18392).
 
     >>> [rate("linear", step, 10) for step in (0, 1, 5, 9)]
     [1.0, 0.9, 0.5, 0.1]
+    >>> [rate("cooldown", step, 8) for step in (0, 4, 5, 7)]
+    [1.0, 1.0, 0.75, 0.25]
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "cooldown":
+        return min(1.0, (total - step) / (total / 2))
     warmup = math.ceil(WARMUP * total)
     return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup + 1)
 
