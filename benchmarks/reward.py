@@ -4,7 +4,7 @@ Data: the three helpful files of hh-rlhf and pandalm-human, as `../shared/data` 
 row of hh-rlhf tests if the first byte of the sha256 of what comes before the last answer is below 52, else it trains.
 
     curve    accuracy, calibration and loss after 250 to 4,000 training pairs, with the guided and the random head
-    options  what balanced lengths, an ensemble and label smoothing change at 500 pairs
+    options  what balanced lengths and an ensemble change at 250 pairs
     peer     the same training steps by TRL's RewardTrainer: pairs a second in turn, accuracy on the same test rows
     people   the model of `curve` on pandalm-human: agreement with its three annotators, beside their own
 
@@ -57,11 +57,10 @@ SKIPPED = 3  # every so manyth test row is scored at sizes before the last
 HEADS: tuple[Head, ...] = ("guided", "random")
 PEER = RewardTraining(lr=2e-4, lora_rank=16, lora_layers="attention", rankings_per_step=8, heldout=0.0)
 CURVE = replace(PEER, lr=1e-3, schedule="cooldown", rankings_per_step=10)  # sizes are whole steps; dev/LOG.md
-OPTION_PAIRS = 500
+OPTION_PAIRS = 250
 OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {"balance_length": True},
     "ensemble": {"ensemble": 4},
-    "smoothed": {"label_smoothing": 0.1},
 }
 TRIAL_PAIRS = 16  # on which TRL chooses its micro-batch
 SECONDS = 60 * 60
