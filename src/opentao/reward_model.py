@@ -1,7 +1,7 @@
 """The reward model (DBRM): predicts which of several answers people prefer. Training is in `reward_train`.
 
 A *guided* reward model asks for a verdict after the answer ("Verdict:") and reads a scalar head that starts along the
-difference of the language-model head's rows for " good" and " bad", so few preferences go far. The question stands in
+difference of the language-model head's rows for " good" and " bad", an idea for few preferences. The question stands in
 the tokenizer's chat template, hence the saved folder is an ordinary `AutoModelForSequenceClassification` that plain
 transformers scores alike. What counts as good ("cites the filing") may stand before the prompt: the template takes it
 as `instruction`, so one reward model serves several tasks.
