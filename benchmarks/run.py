@@ -228,6 +228,8 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
             f"\nOn {test['pairs']} rows “the longer answer wins” is right in {_mean(test['longer_wins'])}: {subsets};"
             f" the model in {_mean(test['accuracy'])}: {own}.\n"
         )
+        notes = [f"* {name}: {facts['note']}" for name, facts in curve.items() if "note" in facts]
+        parts += ["\n".join(notes) + "\n"] if notes else []
         parts += _heads_compared(curve)
     if peer := found.get("peer"):
         speed = ", ".join(f"{name} {value:.2f}" for name, value in peer["pairs_per_second"].items())

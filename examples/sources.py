@@ -133,19 +133,19 @@ def find(name: str, folder: Path, *, raw: str = RAW, archive: str = ARCHIVE) -> 
     for source in SOURCES[name]:
         path = folder / source.file
         if not path.exists():
-            _fetch(source.url(raw, archive), path)
+            _fetch(source.url(raw, archive), path, pack=path.suffix == ".gz" and not source.used)
         if (is_ := source.hash_of(path)) != source.sha256:
             raise SourceError(f"{path}: sha256 {is_}, expected {source.sha256}; delete it to fetch it again")
         found.append(path)
     return found
 
 
-def _fetch(url: str, path: Path) -> None:
+def _fetch(url: str, path: Path, *, pack: bool) -> None:
+    """Write what the URL gives, packed by gzip if it is not yet; whole or not at all."""
     print(f"fetching {url}", file=sys.stderr)
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    packed = path.suffix == ".gz" and not url.rpartition("/")[0].endswith("/tar.gz")  # kept small on disk
-    opener: Any = gzip.open if packed else open
+    opener: Any = gzip.open if pack else open
     try:
         with urllib.request.urlopen(url, timeout=SECONDS) as answer, opener(part, "wb") as file:
             while block := answer.read(1 << 20):

@@ -5,6 +5,7 @@ No file of the real data is needed; what is fetched comes from a server on loopb
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -96,6 +97,19 @@ class TestSources:
         path.write_bytes(b"changed")
         with pytest.raises(sources.SourceError, match=r"own\.json: sha256 .*, expected .*; delete it"):
             sources.find("own", tmp_path / "data", raw=url, archive=url)
+
+    def test_a_packed_file_counts_by_its_content(
+        self, sources: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is plain at its source and kept as .gz."""
+        own = self.source(sources, sha256=hashlib.sha256(b"[1, 2]").hexdigest(), file="own.json.gz")
+        monkeypatch.setitem(sources.SOURCES, "own", (own,))
+        self.put(server[1], own, b"[1, 2]")
+        [path] = sources.find("own", tmp_path / "data", raw=server[0], archive=server[0])
+        assert gzip.decompress(path.read_bytes()) == b"[1, 2]"
+        path.write_bytes(gzip.compress(b"[1, 3]"))
+        with pytest.raises(sources.SourceError, match="sha256"):
+            sources.find("own", tmp_path / "data", raw=server[0], archive=server[0])
 
     def test_what_cannot_be_fetched_leaves_nothing(
         self, sources: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -108,6 +108,15 @@ def test_continuous_scores_are_not_called_solved(tmp_path):
     assert "Which prompts are solved" not in page.text
 
 
+def test_full_marks_that_are_not_one_are_named_by_their_own_scale(tmp_path):
+    numbers = summary()
+    for round_ in (numbers["base"], *numbers["rounds"]):
+        round_["solved"]["at"] = 2.5
+    text = report(write_run(tmp_path, numbers)).text
+    assert "base, by reward ≥ 2.5 11 %" in text
+    assert "base, by audit 15 %" in text
+
+
 def test_a_flat_prediction_is_on_the_page(tmp_path):
     numbers = summary(rounds=0)
     numbers["prediction"]["flat"] = "Nothing to learn from: <b>on 0 of 64"

@@ -333,8 +333,7 @@ def test_a_cooldown_is_constant_for_half_of_the_steps_and_then_falls(total: int)
     rates = [rate("cooldown", step, total) for step in range(total)]
     assert all(r == 1.0 for r in rates[: total // 2 + 1])
     assert all(a > b for a, b in pairwise(rates[total // 2 + 1 :]))
-    assert rates[-1] > 0
-    assert rates[-1] <= max(2 / total, 0.0)
+    assert 0 < rates[-1] <= 2 / total
 
 
 def test_the_schedule_sets_the_size_of_each_step() -> None:
