@@ -75,6 +75,15 @@ class TestSolved:
         assert solved(list(drawn), None, ARGS) is None
         assert full_marks([]) is None
 
+    def test_scores_that_never_differ_are_not_solved(self) -> None:
+        """An audit that is 0 on every answer must not read as "always solved"."""
+        zeros = [np.zeros(16)] * 8
+        assert full_marks(zeros) is None
+        assert solved(zeros, None, ARGS) is None
+        found = solved(zeros, 1.0, ARGS)
+        assert found is not None
+        assert found["never"]["mean"] == 1.0
+
     @given(st.lists(scores, min_size=1, max_size=6))
     def test_shares_sum_to_one(self, values: list[list[float]]) -> None:
         found = solved([np.array(v) for v in values], 1.0, ARGS)

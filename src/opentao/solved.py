@@ -19,7 +19,10 @@ FULL_MARKS = 0.01  # share of answers that must have the highest score exactly, 
 
 
 def full_marks(values: Sequence[Floats]) -> float | None:
-    """The highest score, if it is one that answers share exactly; None: scores are continuous, "solved" means nothing.
+    """The highest score, if it is one that answers share exactly and not all have; None: "solved" means nothing.
+
+    Scores that are continuous have no full marks, and scores that are all equal do not say whether they are the highest
+    or the lowest.
 
     Args:
         values: of each prompt, its answers' scores; NaN = unscored.
@@ -32,7 +35,7 @@ def full_marks(values: Sequence[Floats]) -> float | None:
         return None
     top = float(every.max())
     count = int((every == top).sum())
-    return top if count > 1 and count >= FULL_MARKS * len(every) else None
+    return top if count > 1 and count >= FULL_MARKS * len(every) and every.min() < top else None
 
 
 def solved(
