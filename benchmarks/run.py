@@ -184,10 +184,10 @@ def bars(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]
 def page(results: dict[str, Any], gpu: dict[str, Any], reward: dict[str, Any]) -> str:
     """RESULTS.md."""
     parts = [
-        "# Measured\n\nWritten by `benchmarks/run.py`, `benchmarks/gpu.py` and `benchmarks/reward.py`; do not edit. How"
-        " to repeat it: [README.md](README.md). Systems took turns in one run, at equal work: every system made exactly"
-        " as many tokens. Seconds are medians, with the range of all runs. Memory is the most that a system's processes"
-        " held.\n"
+        "# Measured\n\nWritten by `benchmarks/run.py`, `benchmarks/gpu.py`, `benchmarks/reward.py` and"
+        " `benchmarks/run_all.py`; do not edit. How to repeat it: [README.md](README.md). Systems took turns in one"
+        " run, at equal work: every system made exactly as many tokens. Seconds are medians, with the range of all"
+        " runs. Memory is the most that a system's processes held.\n"
     ]
     for title, found in (("On a CPU", results), ("On a GPU", gpu)):
         parts.append(f"## {title}\n")
@@ -202,7 +202,17 @@ def page(results: dict[str, Any], gpu: dict[str, Any], reward: dict[str, Any]) -
             parts.append("\n".join(["| | measured | bar | held |", "|---|---|---|---|", *lines]) + "\n")
         for name, result in found.items():
             parts.append(f"### {name}\n\n{result['machine']}, {result['date']}.\n\n{_section(result)}")
-    return "\n".join([*parts, *reward_sections(reward)])
+    return "\n".join([*parts, *reward_sections(reward), *evidence_sections()])
+
+
+def evidence_sections() -> list[str]:
+    """What `benchmarks/run_all.py` measured, if it did."""
+    sys.path.insert(0, str(HERE / "evidence"))
+    from lab import Lab
+    from page import sections
+
+    sys.path.pop(0)
+    return sections(Lab(work=HERE))
 
 
 def reward_sections(found: dict[str, Any]) -> list[str]:

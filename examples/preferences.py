@@ -1,8 +1,8 @@
 """Scored groups become preferences: python examples/preferences.py RUN --out preferences.jsonl
 
 RUN is a directory that `tao generate` and `tao score` have filled, whose scorer stands in for the people who choose:
-of every group up to four different answers, one of each score as far as there are any, ranked by it. Groups in which
-nothing differs teach nothing and are passed over.
+of every group up to four different answers, from the best to the worst, ranked by it. Groups in which nothing differs
+teach nothing and are passed over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ranking(group: Group) -> Ranking | None:
     scored = {group.responses[i].text: group.rewards_N[i] for i in group.scored}  # each text once
     texts = sorted(scored)
     random.Random(group.prompt.id).shuffle(texts)
-    levels = sorted(set(scored.values()), reverse=True)
+    levels = spread(sorted(set(scored.values()), reverse=True), MOST)
     if len(levels) < 2:
         return None
     queues = [[t for t in texts if scored[t] == level] for level in levels]
@@ -32,6 +32,17 @@ def ranking(group: Group) -> Ranking | None:
         shown += [queue.pop() for queue in queues if queue][: MOST - len(shown)]
     ranks = tuple(float(1 + sum(scored[other] > scored[t] for other in shown)) for t in shown)
     return Ranking(prompt=group.prompt, texts=tuple(shown), ranks=ranks, ties_equal=False)
+
+
+def spread(values: list[float], most: int) -> list[float]:
+    """At most so many of them, the first, the last, and those evenly between.
+
+    >>> spread([9.0, 7.0, 6.0, 5.0, 2.0, 1.0], 3)
+    [9.0, 6.0, 1.0]
+    """
+    if len(values) <= most:
+        return values
+    return [values[i * (len(values) - 1) // (most - 1)] for i in range(most)]
 
 
 def main() -> None:

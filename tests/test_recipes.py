@@ -212,11 +212,21 @@ class TestTextToSql:
 
     def test_rows(self, prepare: Any, tmp_path: Path) -> None:
         path = tmp_path / "q.json"
-        asked = [("zoo", "How many keepers?"), ("zoo", "How many  keepers?"), ("zoo", "Who?"), ("other", "Keepers?")]
+        long = "How many keepers of the zoo are older than forty?"
+        known = [("zoo", "How many keepers?"), ("zoo", "How many  keepers?"), ("zoo", long)]
+        asked = [*known, ("zoo", "Who?"), ("other", "Keepers?")]
         path.write_text(json.dumps([{"db_id": d, "SpiderQuestion": q, "query": "select 1"} for d, q in asked]))
         [row] = prepare.rows_of(path, {"zoo": {"schema.sql": SCHEMA}})
-        assert row["prompt"].endswith(");\n\n-- Write a SQL query for: How many keepers?")
+        end = ");\n\n-- Write a SQL query for: How many keepers?\nAnswer with one SELECT statement only."
+        assert row["prompt"].endswith(end)
         assert (row["db_id"], row["gold"]) == ("zoo", "select 1")
+
+    def test_a_query_near_the_known_one_is_preferred(self) -> None:
+        alike = script("text_to_sql/queries.py").alike
+        prompt = Prompt.from_text("Names?", gold="SELECT name FROM keeper")
+        assert alike(prompt, "```sql\nselect name from keeper;\n```") == 1.0
+        assert 1.0 > alike(prompt, "SELECT name, age FROM keeper") > alike(prompt, "SELECT * FROM zoo") > 0.0
+        assert alike(prompt, "") == 0.0
 
 
 CASES: list[tuple[dict[str, Any], str, str]] = [
@@ -344,6 +354,15 @@ class TestPreferences:
         assert len(ranking.texts) == 4
         assert {"answer 8", "answer 9"} <= set(ranking.texts)
         assert sorted(ranking.ranks) == [1.0, 2.0, 3.0, 3.0]
+
+    def test_many_levels_are_covered_from_best_to_worst(self) -> None:
+        ranking = script("preferences.py").ranking(self.group([i / 10 for i in range(10)]))
+        assert dict(zip(ranking.texts, ranking.ranks, strict=True)) == {
+            "answer 9": 1.0,
+            "answer 6": 2.0,
+            "answer 3": 3.0,
+            "answer 0": 4.0,
+        }
 
     def test_nothing_to_choose(self) -> None:
         ranking = script("preferences.py").ranking

@@ -1,8 +1,8 @@
 """Spider's questions as prompts, its databases as SQLite files: python examples/text_to_sql/prepare.py --out DIR
 
-The slice: questions that name exactly one table of their database (singular or plural, words in order). It is chosen by
-question and schema alone, never by the gold query, which nothing but the audit reads. The prompt is that table's CREATE
-TABLE and the question.
+The slice: questions of at most eight words that name exactly one table of their database (singular or plural, words in
+order). It is chosen by question and schema alone, never by the gold query, which nothing but the audit reads. The
+prompt is that table's CREATE TABLE and the question.
 
 Databases are dealt to two sides by the hash of their name: three in ten give prompts for preferences, the others
 prompts for the run, of which `prompts.split_by: db_id` holds whole databases out. Written to DIR: `databases/`,
@@ -28,6 +28,8 @@ from sources import SourceError, arguments, find, members
 
 HERE = Path(__file__).resolve().parent
 PREFERENCE_SHARE = 0.3
+LONGEST = 8  # words of a question: a short one asks for one thing
+ASK = "{table}\n\n-- Write a SQL query for: {question}\nAnswer with one SELECT statement only."
 FOREIGN = re.compile(r"^\s*(FOREIGN KEY|CONSTRAINT|UNIQUE|INDEX|KEY|PRIMARY KEY)\b", re.IGNORECASE)
 Files = dict[str, str]  # "schema.sql" and "data/TABLE.csv" -> text
 
@@ -109,8 +111,10 @@ def rows_of(path: Path, databases: dict[str, Files]) -> list[dict[str, str]]:
     for entry in json.loads(path.read_text(encoding="utf-8")):
         tables = schemas.get(entry["db_id"], {})
         question = " ".join(entry["SpiderQuestion"].split())
+        if len(question.split()) > LONGEST:
+            continue
         if (table := named_table(question, list(tables))) is not None:
-            prompt = f"{tables[table]}\n\n-- Write a SQL query for: {question}"
+            prompt = ASK.format(table=tables[table], question=question)
             rows[prompt] = {"prompt": prompt, "db_id": entry["db_id"], "gold": entry["query"]}
     return list(rows.values())
 
@@ -133,8 +137,8 @@ def main() -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
         (given.out / f"{file}.jsonl").write_text(text, encoding="utf-8")
         print(f"{file}.jsonl: {len(own)} questions on {len({row['db_id'] for row in own})} databases")
-    for config in HERE.glob("*.yaml"):
-        shutil.copy(config, given.out / config.name)
+    for path in (*HERE.glob("*.yaml"), HERE / "queries.py"):
+        shutil.copy(path, given.out / path.name)
 
 
 if __name__ == "__main__":

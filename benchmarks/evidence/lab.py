@@ -1,0 +1,163 @@
+"""What experiments share: cells that are measured once and kept, runs by the command line, runs from others' groups.
+
+A *cell* is one finished run or measurement, with all that tells it apart in its name. Its facts are in evidence.json as
+soon as they are there, so an experiment that was stopped goes on where it was. A run that differs from another only in
+what comes after sampling starts from a copy of that run's directory: prompts, base samples and groups are then the
+same, byte for byte, and cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opentao.store import Run, attach_scores, table_to_groups
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "evidence.json"
+EXAMPLES = HERE.parents[1] / "examples"
+SEEDS = (0, 1, 2)
+BELONGS = ("task", "db_id", "document")  # meta entries of prompts that are told apart, or held out together
+OF_A_PROCESS = ("lock", "owner.json")
+Facts = dict[str, Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Lab:
+    """Where experiments work: their folder, the folder of public data (None: fetched), the file of results."""
+
+    work: Path
+    data: Path | None = None
+    results: Path = RESULTS
+
+    def kept(self, experiment: str) -> dict[str, Facts]:
+        found: dict[str, dict[str, Facts]] = json.loads(self.results.read_text()) if self.results.exists() else {}
+        return found.get(experiment, {})
+
+    def cell(self, experiment: str, name: str, measure: Callable[[], Facts]) -> Facts:
+        """The cell's facts: kept ones, or measured now."""
+        kept = self.kept(experiment)
+        if name not in kept:
+            start = time.perf_counter()
+            kept[name] = measure()
+            kept[name]["wall_seconds"] = round(time.perf_counter() - start, 1)
+            self._keep(experiment, name, kept[name])
+            print(f"{experiment} {name}: {kept[name]['wall_seconds']:.0f} s", flush=True)
+        return kept[name]
+
+    def _keep(self, experiment: str, name: str, facts: Facts) -> None:
+        found = json.loads(self.results.read_text()) if self.results.exists() else {}
+        found.setdefault(experiment, {})[name] = facts
+        part = self.results.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        part.replace(self.results)
+
+    def folder(self, recipe: str) -> Path:
+        """The recipe's prompts and files, prepared once."""
+        out = self.work / recipe / "files"
+        if not (done := out / "prepared").exists():
+            data = ["--data", str(self.data)] if self.data else []
+            python(EXAMPLES / recipe / "prepare.py", "--out", str(out), *data, cwd=EXAMPLES)
+            done.touch()
+        return out
+
+    def run(self, config: str, directory: Path, settings: Facts, *, cwd: Path, start: Path | None = None) -> Facts:
+        """`tao run`, from a copy of the run `start` if there is one. Returns its summary; policies are not kept."""
+        if start is not None and not directory.exists():
+            copy_run(start, directory)
+        given = [f"--set={change}" for change in changes(settings)]
+        tao("run", config, "--run", str(directory), "--go-on-if-flat", *given, cwd=cwd)
+        return summary_of(directory)
+
+
+def changes(settings: Facts) -> list[str]:
+    """As `--set` takes them: JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def tao(*arguments: str, cwd: Path) -> None:
+    python("-m", "opentao", *arguments, cwd=cwd)
+
+
+def python(*arguments: str | Path, cwd: Path) -> None:
+    """Another Python process; its standard output is dropped, what it says of itself is shown."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, cwd=cwd, env=quiet)
+
+
+def summary_of(directory: Path) -> Facts:
+    found: Facts = json.loads((directory / "summary.json").read_text())
+    return found
+
+
+def first_tries(directory: Path, round_: int) -> list[Facts]:
+    """Of every held-out prompt the mean reward and audit of its answers (null: unscored), and what it belongs to."""
+    folder = f"round-{round_}/eval"
+    with Run(directory, read_only=True) as run:
+        return [
+            {
+                "id": group.prompt.id,
+                "reward": _mean(group.rewards_N),
+                "audit": _mean([score.value for score in group.scores.get("audit", ())]),
+                **{key: group.prompt.meta[key] for key in BELONGS if key in group.prompt.meta},
+            }
+            for name in run.names(f"{folder}/groups/")
+            for group in attach_scores(
+                table_to_groups(run.read_table(name)), run.read_table(name.replace("/groups/", "/scores/"))
+            )
+        ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    there = [v for v in values if not math.isnan(v)]
+    return round(sum(there) / len(there), 4) if there else None
+
+
+def drop_policies(directory: Path, *, but: Sequence[str] = ()) -> None:
+    """Half a gigabyte each; the numbers are kept."""
+    for policy in directory.glob("round-*/policy"):
+        if policy.parent.name not in but:
+            shutil.rmtree(policy)
+
+
+def copy_run(source: Path, target: Path) -> None:
+    """A run directory again, without what belongs to its process and without policies."""
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns("policy", "checkpoint", *OF_A_PROCESS))
+    part.rename(target)
+
+
+def essence(directory: Path, round_: int | None = None) -> Facts:
+    """What the tables need of a run: the base, one round (the kept one; the last if none was kept), the verdict.
+
+    `first_tries` holds every held-out prompt's mean reward and audit, for intervals over prompts across seeds.
+    """
+    summary = summary_of(directory)
+    base, rounds = summary["base"], summary["rounds"]
+    wanted = summary["best_round"] if round_ is None else round_
+    own = next((r for r in rounds if r["round"] == wanted), rounds[-1] if rounds else base)
+    rounds = [r for r in rounds if round_ is None or r["round"] <= round_]
+    return {
+        "first_tries": {"base": first_tries(directory, 0), "after": first_tries(directory, own["round"])},
+        "base": {name: base[name] for name in ("first_try", "best_of", "length", "audit")},
+        "after": {
+            name: own[name]
+            for name in ("round", "first_try", "kl", "length", "audit", "improvement", "audit_improvement")
+        },
+        "verdict": summary["verdict"],
+        "why": summary["why"],
+        "prediction": summary["prediction"],
+        "seconds": {s: round(sum(r["seconds"][s] for r in [base, *rounds]), 1) for s in base["seconds"]},
+        "tokens": {s: sum(r["tokens"][s] for r in [base, *rounds]) for s in base["tokens"]},
+    }

@@ -1,0 +1,98 @@
+"""Against labels: supervised fine-tuning on 30 to 1,000 labels, and TAO on prompts of the same side without any.
+
+Fine-tuning is `distill` on groups of two answers, the label with all the weight and an empty one with none: the mean
+cross-entropy of the labels' tokens, by the same trainer, judged on the same held-out prompts. It takes as many passes
+as TAO takes over its groups.
+
+    python labels.py CONFIG RUN SIZE A.B=VALUE…   one such run, in the folder of its config
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import small
+from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, drop_policies, essence, python
+
+SIZES = (30, 100, 300, 1000)
+ALL_WEIGHT = {"train.objective": "distill", "train.target_n": 64}  # of the label: 1 − 2⁻⁶⁴
+
+
+def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: Facts | None = None) -> None:
+    """Every number of labels on every seed, beside one run of TAO a seed, whose base samples are used again."""
+    folder = small.folder(lab, size)
+    place = lab.work / "labels" / size
+    for seed in SEEDS:
+        common: Facts = {"seed": seed, "scorers": small.EXACT}
+        source = place / f"tao-{seed}"
+
+        def one_tao(common: Facts = common, source: Path = source) -> Facts:
+            lab.run("tao.yaml", source, common | (tao or {}), cwd=folder)
+            drop_policies(source)
+            return essence(source)
+
+        def one(n: int, common: Facts = common, source: Path = source, seed: int = seed) -> Facts:
+            directory = place / f"{n}-{seed}"
+            if not directory.exists():
+                copy_run(source, directory)
+            settings = common | {"rounds": 1} | (fine_tuning or {}) | ALL_WEIGHT
+            python(HERE / "labels.py", "tao.yaml", directory, str(n), *changes(settings), cwd=folder)
+            drop_policies(directory)
+            return essence(directory)
+
+        lab.cell("labels", f"TAO/{seed}", one_tao)
+        for n in SIZES:
+            lab.cell("labels", f"{n}/{seed}", lambda n=n: one(n))
+
+
+def fine_tune(config: str, directory: Path, size: int, overrides: list[str], label: str = "label") -> None:
+    """Train the base on so many labels, then measure it as a round is measured."""
+    from opentao.cli_common import prepare_process
+    from opentao.config import load_config
+    from opentao.loop import finish, measure
+    from opentao.models import load_tokenizer
+    from opentao.policy import Policy
+    from opentao.predict import predict
+    from opentao.progress import Progress
+    from opentao.session import open_session
+    from opentao.train import train
+
+    prepare_process()
+    settings = load_config(Path(config), overrides)
+    with Progress() as progress, open_session(settings, directory, progress) as session:
+        prompts = [p for p in session.train_prompts if label in p.meta]
+        if len(prompts) < size:
+            raise SystemExit(f"{size} labels asked for, {len(prompts)} there")
+        tokenizer = load_tokenizer(settings.model)
+        chosen = random.Random(settings.seed).sample(prompts, size)
+        groups = [_labelled(tokenizer, prompt, str(prompt.meta[label])) for prompt in chosen]
+        base = Policy.of_base(settings.model)
+        first = measure(session, 0, base, base, earlier=[], facts=None)
+        policy, facts = train(session, 1, base, groups)
+        after = measure(session, 1, policy, base, earlier=[first], facts=facts)
+        finish(session, [first, after], predict(session, first.evaluation))
+
+
+def _labelled(tokenizer, prompt, label):  # type: ignore[no-untyped-def]
+    """The label as the answer that wins against an empty one."""
+    from opentao.policy import encode_prompt
+    from opentao.types import Group, Response
+
+    responses = []
+    for i, text in enumerate((label, "")):
+        ids = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+        responses.append(
+            Response(id=str(i), text=text, tokens_R=ids, sampler_logprobs_R=(0.0,) * len(ids), finish="stop")
+        )
+    return Group(
+        prompt=prompt,
+        prompt_tokens_P=tuple(encode_prompt(tokenizer, prompt.messages)),
+        responses=tuple(responses),
+        rewards_N=(1.0, 0.0),
+    )
+
+
+if __name__ == "__main__":
+    fine_tune(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

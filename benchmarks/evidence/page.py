@@ -1,0 +1,216 @@
+"""The evidence as Markdown: one section an experiment, from what evidence.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import small
+from compute import GROUP_SIZES, ROUNDS, TARGETS
+from decoders import SIZES as DECODERS
+from lab import SEEDS, Facts, Lab
+from labels import SIZES as LABELS
+from objectives import REWARDS, VARIANTS
+from pooled import clear, first_try, gain, worst
+from recipes import RECIPES
+from tasks import TASKS
+
+from opentao.bestofn import Interval
+
+Cells = dict[str, Facts]
+INTRODUCTION = (
+    "Means over three seeds; in brackets 95 % intervals over held-out prompts (databases or documents where these are"
+    " held out whole), each prompt averaged over its seeds. *Worst seed*: the smallest gain of one of the three. The"
+    " audit never entered training."
+)
+
+
+def sections(lab: Lab) -> list[str]:
+    parts = {
+        "recipes": recipes,
+        "objectives": objectives,
+        "labels": labels,
+        "compute": compute,
+        "multi-task": multi,
+        "sizes": sizes,
+    }
+    found = [line for name, write in parts.items() if (cells := lab.kept(name)) for line in write(cells, lab)]
+    return ["## Evidence", "", INTRODUCTION, "", *found] if found else []
+
+
+def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Recipes", "")
+    yield from _head(
+        "recipe",
+        "audit before",
+        "audit after",
+        "apart",
+        "worst seed",
+        "reward before",
+        "after",
+        "best of 16",
+        "verdicts",
+        "random reward",
+        "minutes",
+    )
+    for recipe in RECIPES:
+        own = of(cells, recipe.name)
+        if not own:
+            continue
+        noise = of(lab.kept("random reward"), recipe.name)
+        ks = max(own[0]["base"]["best_of"], key=int)
+        best = sum(c["base"]["best_of"][ks]["mean"] for c in own) / len(own)
+        yield _row(
+            f"{recipe.name} ({len(own)} seeds)",
+            number(first_try(own, "base", "audit")),
+            number(first_try(own, "after", "audit")),
+            "yes" if clear(own, "audit") else "no",
+            f"{worst(own, 'audit'):+.3f}",
+            number(first_try(own, "base", "reward")),
+            number(first_try(own, "after", "reward")),
+            f"{best:.3f}" + ("" if ks == "16" else f" (of {ks})"),
+            verdicts(own),
+            verdicts(noise) if noise else "not run",
+            f"{sum(c['wall_seconds'] for c in own) / len(own) / 60:.0f}",
+        )
+    yield ""
+
+
+def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
+    for task in sorted({name.split("/")[0] for name in cells}):
+        for reward in REWARDS:
+            found = {v: own for v in VARIANTS if (own := of(cells, f"{task}/{reward}/{v}"))}
+            if not found:
+                continue
+            yield from (f"### Objectives at equal compute: {task}, reward {reward}", "")
+            yield from _head(
+                "objective", "reward", "audit", "audit gain", "worst seed", "KL", "tokens", "training s", "verdicts"
+            )
+            for variant, own in found.items():
+                yield _row(
+                    variant,
+                    number(first_try(own, "after", "reward")),
+                    number(first_try(own, "after", "audit")),
+                    signed(gain(own, "audit")),
+                    f"{worst(own, 'audit'):+.3f}",
+                    f"{average(own, 'kl'):.2f}",
+                    f"{average(own, 'length'):.1f}",
+                    f"{sum(c['seconds']['train'] for c in own) / len(own):.1f}",
+                    verdicts(own),
+                )
+            yield ""
+
+
+def labels(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Against labels", "")
+    yield from _head("trained on", "audit of the first try", "gain", "worst seed", "KL")
+    for name in ("TAO", *map(str, LABELS)):
+        if own := of(cells, name):
+            yield _row(
+                "prompts only (TAO)" if name == "TAO" else f"{name} labels",
+                number(first_try(own, "after", "audit")),
+                signed(gain(own, "audit")),
+                f"{worst(own, 'audit'):+.3f}",
+                f"{average(own, 'kl'):.2f}",
+            )
+    yield ""
+
+
+def compute(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Tuning compute", "", "Audit of the first try; and how many answers were sampled to train on.", "")
+    yield from _head("N", *(f"{r} round{'s' * (r > 1)}" for r in ROUNDS))
+    for n in GROUP_SIZES:
+        runs = of(cells, str(n))
+        columns = []
+        for r in ROUNDS:
+            own = [run[str(r)] for run in runs if str(r) in run]
+            answers = n * r * small.CONFIG["prompts_per_round"]
+            columns.append(f"{number(first_try(own, 'after', 'audit'))}; {answers:,}" if own else "")
+        yield _row(str(n), *columns)
+    yield ""
+    yield from _head("N, one round", *(f"target_n {t}" for t in TARGETS))
+    for n in (8, 32):
+        yield _row(str(n), *(_after(of(cells, f"{n}/target {t}")) for t in TARGETS))
+    yield ""
+
+
+def multi(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### One run over three tasks", "")
+    yield from _head("task", "before", "after, one run for all", "gain", "after, a run of its own", "gain")
+    together = of(cells, "all")
+    for task in TASKS:
+        own = of(cells, task)
+
+        def pick(entry: Facts, task: str = task) -> bool:
+            return bool(entry.get("task") == task)
+
+        yield _row(
+            task,
+            number(first_try(together, "base", "audit", pick)),
+            number(first_try(together, "after", "audit", pick)),
+            signed(gain(together, "audit", pick)),
+            _after(own),
+            signed(gain(own, "audit")) if own else "",
+        )
+    yield ""
+
+
+def sizes(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Model size", "")
+    yield from _head(
+        "model",
+        "first try before",
+        "best of 16",
+        "first try after",
+        "gain",
+        "share of the headroom baked",
+        "worst seed",
+    )
+    for size in (*DECODERS, "135M"):
+        if own := of(cells, size):
+            best = sum(c["base"]["best_of"]["16"]["mean"] for c in own) / len(own)
+            before, after = (first_try(own, side, "audit") for side in ("base", "after"))
+            yield _row(
+                size,
+                number(before),
+                f"{best:.3f}",
+                number(after),
+                signed(gain(own, "audit")),
+                f"{(after.mean - before.mean) / (best - before.mean):.2f}" if best > before.mean else "none to bake",
+                f"{worst(own, 'audit'):+.3f}",
+            )
+    yield ""
+
+
+def of(cells: Cells, name: str) -> list[Facts]:
+    """The cells ``name/SEED`` that are there."""
+    return [cells[f"{name}/{seed}"] for seed in SEEDS if f"{name}/{seed}" in cells]
+
+
+def average(cells: Sequence[Facts], what: str) -> float:
+    return float(sum(c["after"][what]["mean"] for c in cells) / len(cells))
+
+
+def verdicts(cells: Sequence[Facts]) -> str:
+    kept = sum(c["verdict"] == "promote" for c in cells)
+    return f"promote {kept} of {len(cells)}"
+
+
+def number(interval: Interval) -> str:
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def _after(cells: Sequence[Facts]) -> str:
+    return number(first_try(cells, "after", "audit")) if cells else ""
+
+
+def _head(*columns: str) -> Iterator[str]:
+    yield _row(*columns)
+    yield "|" + "---|" * len(columns)
+
+
+def _row(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |"

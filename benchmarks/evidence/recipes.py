@@ -1,0 +1,88 @@
+"""Every recipe on every seed, and again with a reward that knows nothing, which must not be reported as a gain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import EXAMPLES, SEEDS, Facts, Lab, copy_run, drop_policies, essence, python, tao
+
+NOISE = '''"""A reward that knows nothing: a number of its own for each answer, the same for the same answer."""
+
+import hashlib
+
+
+def draw(prompt, text):
+    return int(hashlib.sha256((prompt.id + text).encode()).hexdigest()[:8], 16) / 16**8
+'''
+RANDOM: Facts = {"rounds": 1, "scorers": [{"type": "python", "name": "random", "args": {"function": "noise:draw"}}]}
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Recipe:
+    """A folder under examples/, and what it runs before `tao run`. `verified`: its reward is a verifier's alone."""
+
+    name: str
+    before: tuple[tuple[str, ...], ...] = ()  # tao's arguments; "preferences.py": that script's
+    verified: bool = False
+
+
+RECIPES = (
+    Recipe(name="support_triage"),
+    Recipe(name="instruction_following", verified=True),
+    Recipe(
+        name="text_to_sql",
+        before=(
+            ("generate", "preferences.yaml", "--run", "choices"),
+            ("score", "preferences.yaml", "--run", "choices"),
+            ("preferences.py", "choices", "--out", "pairs.jsonl"),
+            ("reward", "train", "--pairs", "pairs.jsonl", "--out", "reward"),
+        ),
+    ),
+    Recipe(name="document_qa", before=(("reward", "train", "--pairs", "preferences.jsonl", "--out", "reward"),)),
+)
+
+
+def measure(lab: Lab, names: list[str]) -> None:
+    for recipe in (r for r in RECIPES if r.name in names):
+        for seed in SEEDS:
+            lab.cell("recipes", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _recipe(lab, r, s))
+        for seed in SEEDS:
+            lab.cell("random reward", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _random(lab, r, s))
+
+
+def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
+    directory = lab.work / recipe.name / f"seed-{seed}"
+    if recipe.name == "support_triage":
+        tao("demo", "--run", str(directory), "--seed", str(seed), cwd=lab.work / recipe.name)
+    else:
+        folder = lab.folder(recipe.name)
+        _before(recipe, folder)
+        lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder)
+    drop_policies(directory)
+    return essence(directory)
+
+
+def _before(recipe: Recipe, folder: Path) -> None:
+    if (done := folder / "ready").exists():
+        return
+    for command, *arguments in recipe.before:
+        if command == "preferences.py":
+            python(EXAMPLES / command, *arguments, cwd=folder)
+        else:
+            tao(command, *arguments, cwd=folder)
+    done.touch()
+
+
+def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:
+    """From the recipe's own groups: only what they are worth differs, and so what is learnt."""
+    source = lab.work / recipe.name / f"seed-{seed}"
+    directory = lab.work / recipe.name / f"random-{seed}"
+    folder = source if recipe.name == "support_triage" else lab.folder(recipe.name)
+    (folder / "noise.py").write_text(NOISE)
+    if not directory.exists():
+        copy_run(source, directory)
+    config = "config.yaml" if recipe.name == "support_triage" else "tao.yaml"
+    lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder)
+    drop_policies(directory)
+    return essence(directory)

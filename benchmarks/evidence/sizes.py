@@ -1,0 +1,27 @@
+"""Model size: the same tasks, prompts and settings for decoders of three sizes that are trained here, and for 135M."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import small
+from decoders import SIZES
+from lab import SEEDS, Facts, Lab, drop_policies, essence
+
+RATES = {"1M": 1e-3, "3M": 1e-3, "10M": 5e-4, "135M": 2e-4}
+
+
+def measure(lab: Lab, train: Facts | None = None) -> None:
+    for size in (*SIZES, "135M"):
+        folder = small.folder(lab, size)
+        for seed in SEEDS:
+
+            def one(size: str = size, seed: int = seed, folder: Path = folder) -> Facts:
+                directory = lab.work / "sizes" / f"{size}-{seed}"
+                settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT} | (train or {})
+                settings |= {"train.learning_rate": RATES[size]}
+                lab.run("tao.yaml", directory, settings, cwd=folder)
+                drop_policies(directory)
+                return essence(directory)
+
+            lab.cell("sizes", f"{size}/{seed}", one)

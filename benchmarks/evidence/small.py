@@ -1,0 +1,92 @@
+"""The folder of a run over the small tasks of tasks.py: prompts, preferences, reward models, config."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from lab import HERE, Facts, Lab, python, tao
+from tasks import TASKS, make
+
+from opentao.preferences import Ranking, read_preferences, write_preferences
+
+NUM_PROMPTS = 2000
+NUM_PREFERENCES = 300
+FLIPPED = 0.25
+CONFIG: Facts = {
+    "prompts": {
+        "path": "prompts.jsonl",
+        "heldout_fraction": 0.2,
+        "max_heldout": 120,
+        "near_duplicate": 1.0,  # the questions of a task are alike by nature
+    },
+    "audit": {"type": "python", "name": "right", "args": {"function": "tasks:audit"}},
+    "rounds": 1,
+    "prompts_per_round": 96,
+    "generate": {"group_size": 8, "temperature": 1.0, "max_new_tokens": 24},
+    "evaluate": {"base_group_size": 16, "group_size": 8},
+}
+EXACT: list[Facts] = [{"type": "python", "name": "exact", "args": {"function": "tasks:right"}}]
+
+
+def model(lab: Lab, size: str) -> Path:
+    out = lab.work / "decoders" / size
+    if not (out / "config.json").exists():
+        python(HERE / "decoders.py", str(out.parent), size, cwd=lab.work)
+    return out
+
+
+def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
+    """Everything a run of a decoder of this size needs, made once."""
+    out = lab.work / "small" / "-".join((size, *tasks))
+    if (out / "tao.yaml").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "tasks.py", out)
+    rng = random.Random(2)
+    rows, seen = [], set[str]()
+    while len(rows) < NUM_PROMPTS:
+        task = tasks[len(rows) % len(tasks)]
+        question, right, _ = make(task, rng)
+        if question not in seen:
+            seen.add(question)
+            rows.append({"prompt": question, "task": task, "label": right})
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
+    (out / "tao.yaml").write_text(json.dumps({"model": where} | CONFIG, indent=1))  # JSON is YAML
+    return out
+
+
+def preferences(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
+    """Two reward models of choices on other questions: `reward`, and `flipped`, whose choices lie in one of four."""
+    out = folder(lab, size, tasks)
+    if (out / "flipped" / "config.json").exists():
+        return out
+    rng = random.Random(3)
+    lines = []
+    for i in range(NUM_PREFERENCES):
+        question, right, wrong = make(tasks[i % len(tasks)], rng)
+        lines.append({"prompt": question, "responses": [right, *wrong], "ranks": [1, 2, 2, 2], "ties": "unknown"})
+    (out / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_preferences(out / "flipped.jsonl", flip(read_preferences(out / "pairs.jsonl").rankings, FLIPPED))
+    train_rewards(out, str(model(lab, size)), "--epochs", "4", "--learning-rate", "3e-4", "--head", "random")
+    return out
+
+
+def train_rewards(folder: Path, model: str, *settings: str) -> None:
+    for pairs, reward in (("pairs.jsonl", "reward"), ("flipped.jsonl", "flipped")):
+        if not (folder / reward / "config.json").exists():
+            tao("reward", "train", "--pairs", pairs, "--out", reward, "--model", model, *settings, cwd=folder)
+
+
+def flip(rankings: list[Ranking], share: float) -> list[Ranking]:
+    """So large a share of the rankings turned round, drawn by their order."""
+    chosen = set(random.Random(0).sample(range(len(rankings)), round(share * len(rankings))))
+    return [_turned(r) if i in chosen else r for i, r in enumerate(rankings)]
+
+
+def _turned(r: Ranking) -> Ranking:
+    ranks = tuple(max(r.ranks) + min(r.ranks) - rank for rank in r.ranks)
+    return Ranking(prompt=r.prompt, texts=r.texts, ranks=ranks, ties_equal=r.ties_equal)

@@ -1,0 +1,58 @@
+"""All evidence, from nothing: python benchmarks/run_all.py --work DIR [--data DIR] [EXPERIMENT …]
+
+Goes on where it was stopped: every finished cell is in evidence.json, every unfinished run in its directory. At the end
+RESULTS.md is written again. Alone on the machine; two processes that train at once slow each other down manifold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "evidence")]
+import compute  # noqa: E402
+import labels  # noqa: E402
+import multi  # noqa: E402
+import objectives  # noqa: E402
+import recipes  # noqa: E402
+import sizes  # noqa: E402
+from lab import Facts, Lab  # noqa: E402
+from run import write_page  # noqa: E402
+
+from opentao.allocator import use_large_pages  # noqa: E402
+
+# Of decoders that are trained here, for all experiments but `objectives`; how it was found stands in dev/LOG.md.
+SMALL: Facts = {
+    "train.objective": "distill",
+    "train.learning_rate": 4e-4,
+    "train.schedule": "linear",
+    "train.epochs": 2,
+}
+EXPERIMENTS: dict[str, Callable[[Lab], None]] = {
+    "labels": lambda lab: labels.measure(lab, "1M", SMALL, SMALL),
+    "compute": lambda lab: compute.measure(lab, "1M", SMALL),
+    "multi-task": lambda lab: multi.measure(lab, "1M", SMALL),
+    "sizes": lambda lab: sizes.measure(lab, SMALL),
+    "objectives": lambda lab: objectives.measure(lab, objectives.small_task(lab, "1M")),
+    "recipes": lambda lab: recipes.measure(lab, [r.name for r in recipes.RECIPES]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="default: all, in this order")
+    parser.add_argument("--work", type=Path, required=True, help="where runs lie: about 10 GB")
+    parser.add_argument("--data", type=Path, help="folder of the public data; without it, it is fetched")
+    given = parser.parse_args()
+    use_large_pages()
+    lab = Lab(work=given.work.resolve(), data=given.data and given.data.resolve())
+    for name in given.experiments or EXPERIMENTS:
+        EXPERIMENTS[name](lab)
+        write_page()
+
+
+if __name__ == "__main__":
+    main()
