@@ -81,7 +81,7 @@ def train(size: str, out: Path, examples: int = EXAMPLES) -> dict[str, float]:
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        recent = 0.95 * recent + 0.05 * float(loss) if recent else float(loss)
+        recent = 0.95 * recent + 0.05 * loss.item() if recent else loss.item()
     policy.save_pretrained(out)
     own.save_pretrained(out)
     parameters = sum(p.numel() for p in policy.parameters())
