@@ -17,8 +17,10 @@ import compute  # noqa: E402
 import labels  # noqa: E402
 import multi  # noqa: E402
 import objectives  # noqa: E402
+import pictures  # noqa: E402
 import recipes  # noqa: E402
 import sizes  # noqa: E402
+import unbroken  # noqa: E402
 from lab import Facts, Lab  # noqa: E402
 from run import write_page  # noqa: E402
 
@@ -38,6 +40,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], None]] = {
     "sizes": lambda lab: sizes.measure(lab, SMALL),
     "objectives": lambda lab: objectives.measure(lab, objectives.small_task(lab, "1M")),
     "recipes": lambda lab: recipes.measure(lab, [r.name for r in recipes.RECIPES]),
+    "unbroken": lambda lab: unbroken.measure(lab, [r.name for r in recipes.RECIPES]),
 }
 
 
@@ -51,6 +54,7 @@ def main() -> None:
     lab = Lab(work=given.work.resolve(), data=given.data and given.data.resolve())
     for name in given.experiments or EXPERIMENTS:
         EXPERIMENTS[name](lab)
+        pictures.draw_all(lab)
         write_page()
 
 

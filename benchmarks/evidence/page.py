@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import small
 from compute import GROUP_SIZES, ROUNDS, TARGETS
 from decoders import SIZES as DECODERS
-from lab import SEEDS, Facts, Lab
+from lab import HERE, SEEDS, Facts, Lab
 from labels import SIZES as LABELS
 from objectives import REWARDS, VARIANTS
+from peer import reached
 from pooled import clear, first_try, gain, worst
 from recipes import RECIPES
 from tasks import TASKS
@@ -17,6 +18,7 @@ from tasks import TASKS
 from opentao.bestofn import Interval
 
 Cells = dict[str, Facts]
+PICTURES = HERE.parents[1] / "docs" / "pictures"
 INTRODUCTION = (
     "Means over three seeds; in brackets 95 % intervals over held-out prompts (databases or documents where these are"
     " held out whole), each prompt averaged over its seeds. *Worst seed*: the smallest gain of one of the three. The"
@@ -32,9 +34,13 @@ def sections(lab: Lab) -> list[str]:
         "compute": compute,
         "multi-task": multi,
         "sizes": sizes,
+        "peer": peer,
+        "general text": general,
+        "other tasks": others,
     }
     found = [line for name, write in parts.items() if (cells := lab.kept(name)) for line in write(cells, lab)]
-    return ["## Evidence", "", INTRODUCTION, "", *found] if found else []
+    shown = [f"![{name}](../docs/pictures/{name}.svg)\n" for name in parts if (PICTURES / f"{name}.svg").exists()]
+    return ["## Evidence", "", INTRODUCTION, "", *shown, *found] if found else []
 
 
 def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
@@ -179,6 +185,61 @@ def sizes(cells: Cells, lab: Lab) -> Iterator[str]:
                 f"{worst(own, 'audit'):+.3f}",
             )
     yield ""
+
+
+def general(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Nothing else broken: general text", "")
+    yield from _head("trained on", "texts", "perplexity before", "after", "nats a token more")
+    for name, facts in cells.items():
+        both = facts["perplexity"]
+        more = Interval(**facts["nats"])
+        yield _row(name, str(facts["texts"]), f"{both['base']:.2f}", f"{both['after']:.2f}", signed(more))
+    yield ""
+
+
+def others(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Nothing else broken: tasks that were not trained", "")
+    yield from _head("trained on", "judged on", "audit before", "after", "change")
+    for name, facts in cells.items():
+        sides = (number(Interval(**facts[side])) for side in ("before", "after"))
+        yield _row(*name.split("/"), *sides, signed(Interval(**facts["change"])))
+    yield ""
+
+
+def peer(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "### Against TRL's GRPOTrainer",
+        "",
+        "Seconds of training until the base's best of 8, seed by seed.",
+        "",
+    )
+    yield from _head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")
+    for task in sorted({name.split("/")[0] for name in cells}):
+        ours, theirs = of(cells, f"{task}/opentao"), of(cells, f"{task}/trl")
+        if not theirs:
+            continue
+        levels = [o["best_of"]["8"]["mean"] for o in ours]
+        times = [
+            [reached(run["points"], level) for run, level in zip(side, levels, strict=True)] for side in (ours, theirs)
+        ]
+        ends = [t["points"][-1] for t in theirs]
+        yield _row(
+            task,
+            ", ".join(f"{level:.2f}" for level in levels),
+            ", ".join("never" if s is None else f"{s:.0f}" for s in times[0]),
+            ", ".join(
+                f"not in {e['seconds']:.0f}" if s is None else f"{s:.0f}" for s, e in zip(times[1], ends, strict=True)
+            ),
+            ", ".join(f"{e['first_try']['mean']:.2f}" for e in ends),
+            ", ".join(_sooner(o, t, e["seconds"]) for o, t, e in zip(*times, ends, strict=True)),
+        )
+    yield ""
+
+
+def _sooner(ours: float | None, theirs: float | None, end: float) -> str:
+    if ours is None:
+        return "not reached"
+    return f"more than {end / ours:.1f}×" if theirs is None else f"{theirs / ours:.1f}×"
 
 
 def of(cells: Cells, name: str) -> list[Facts]:

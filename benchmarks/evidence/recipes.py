@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import EXAMPLES, SEEDS, Facts, Lab, copy_run, drop_policies, essence, python, tao
+from lab import EXAMPLES, SEEDS, Facts, Lab, copy_run, drop_policies, essence, python, summary_of, tao
 
 NOISE = '''"""A reward that knows nothing: a number of its own for each answer, the same for the same answer."""
 
@@ -59,8 +59,13 @@ def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
         folder = lab.folder(recipe.name)
         _before(recipe, folder)
         lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder)
-    drop_policies(directory)
+    drop_policies(directory, but=_kept(directory) if seed == 0 else ())
     return essence(directory)
+
+
+def _kept(directory: Path) -> list[str]:
+    """The round whose policy is kept, for `unbroken`."""
+    return [f"round-{summary_of(directory)['best_round']}"]
 
 
 def _before(recipe: Recipe, folder: Path) -> None:

@@ -1,0 +1,133 @@
+"""Against TRL's GRPOTrainer: held-out first try against wall-clock minutes, same model, prompts, reward and machine.
+
+Ours is timed as a user runs it, one process a stage with its start and its loading of weights; TRL in one process, from
+its first step on. Judging does not count for either. TRL is given `times` as many seconds as ours took in all: what it
+has not reached by then, it did not reach that many times slower.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from lab import HERE, SEEDS, Facts, Lab, changes, tao
+
+from opentao.models import resolve_model
+from opentao.prompts import read_prompts
+from opentao.store import Run, table_to_prompts
+
+TRL = HERE.parent / "envs" / "trl" / "bin" / "python"
+POLICIES = 6  # of TRL's that are judged, evenly over its time
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Match:
+    """One task on which both train. `settings`: of ours; `theirs`: of trl_grpo.py (dev/LOG.md says how found)."""
+
+    name: str
+    folder: Path
+    settings: Facts
+    rounds: int
+    times: float
+    theirs: Facts = field(default_factory=dict)
+
+
+def measure(lab: Lab, match: Match) -> None:
+    if not TRL.exists():
+        print(f"peer: no {TRL}, see benchmarks/README.md", flush=True)
+        return
+    for seed in SEEDS:
+        ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s))
+        lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o))
+
+
+def reached(points: list[Facts], level: float) -> float | None:
+    """Seconds until the first try is as good as `level`, straight between points; None: never.
+
+    >>> reached([{"seconds": 0, "first_try": {"mean": 0.0}}, {"seconds": 10, "first_try": {"mean": 1.0}}], 0.5)
+    5.0
+    """
+    for before, after in itertools.pairwise(points):
+        low, high = before["first_try"]["mean"], after["first_try"]["mean"]
+        if high >= level > low:
+            return float(before["seconds"] + (level - low) / (high - low) * (after["seconds"] - before["seconds"]))
+    return None
+
+
+def _ours(lab: Lab, match: Match, seed: int) -> Facts:
+    directory = lab.work / "peer" / match.name / f"opentao-{seed}"
+    given = [f"--set={c}" for c in changes(match.settings | {"seed": seed, "rounds": match.rounds})]
+    stage = ["tao.yaml", "--run", str(directory), *given]
+    tao("predict", *stage, cwd=match.folder)
+    base = json.loads((directory / "round-0" / "eval.json").read_text())
+    points: list[Facts] = [{"seconds": 0.0, "first_try": base["first_try"]}]
+    seconds = 0.0
+    for round_ in range(1, match.rounds + 1):
+        start = time.perf_counter()
+        for command in ("generate", "score", "train"):
+            tao(command, *stage, "--round", str(round_), cwd=match.folder)
+        seconds += time.perf_counter() - start
+        tao("evaluate", *stage, "--round", str(round_), cwd=match.folder)
+        after = json.loads((directory / f"round-{round_}" / "eval.json").read_text())
+        points.append({"seconds": round(seconds, 1), "first_try": after["first_try"]})
+    return {"points": points, "best_of": base["best_of"]}
+
+
+def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
+    out = lab.work / "peer" / match.name / f"trl-{seed}"
+    if not (out / "done").exists():
+        _train(lab, match, seed, out, match.times * ours["points"][-1]["seconds"])
+    points = ours["points"][:1]
+    for line in (out / "policies.jsonl").read_text().splitlines():
+        policy = json.loads(line)
+        directory = out / f"judged-{policy['step']}"
+        few = {"evaluate.base_group_size": 8, "model": policy["path"], "seed": seed}
+        given = [f"--set={c}" for c in changes(match.settings | few)]
+        tao("predict", "tao.yaml", "--run", str(directory), *given, cwd=match.folder)
+        after = json.loads((directory / "round-0" / "eval.json").read_text())
+        points.append({"seconds": round(policy["seconds"], 1), "first_try": after["first_try"], "step": policy["step"]})
+    return {"points": points, "settings": match.theirs}
+
+
+def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None:
+    """The prompts that ours trained on, by their place in the file that the service reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    ours = out.with_name(f"opentao-{seed}")
+    config = _resolved(ours)
+    places = {p.id: i for i, p in enumerate(read_prompts(match.folder / "prompts.jsonl").prompts)}
+    with Run(ours, read_only=True) as run:
+        prompts = table_to_prompts(run.read_table("prompts/train.parquet"))
+    case = {
+        "model": str(resolve_model(config["model"])),
+        "folder": str(match.folder),
+        "service": [
+            sys.executable,
+            str(HERE / "scorer_service.py"),
+            "tao.yaml",
+            "prompts.jsonl",
+            *changes(match.settings),
+        ],
+        "prompts": [{"messages": list(p.messages), "index": places[p.id]} for p in prompts],
+        "out": str(out),
+        "seed": seed,
+        "threads": 2,
+        "bf16": False,
+        "save_at": [seconds * (i + 1) / POLICIES for i in range(POLICIES)],
+        "new_tokens": config["generate"]["max_new_tokens"],
+        "temperature": config["generate"]["temperature"],
+    } | match.theirs
+    (out / "case.json").write_text(json.dumps(case))
+    (out / "policies.jsonl").unlink(missing_ok=True)
+    subprocess.run([str(TRL), str(HERE / "trl_grpo.py"), str(out / "case.json")], check=True)
+    (out / "done").touch()
+
+
+def _resolved(directory: Path) -> Facts:
+    found: Facts = yaml.safe_load((directory / "config.yaml").read_text())
+    return found

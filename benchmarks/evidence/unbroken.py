@@ -1,0 +1,105 @@
+"""Nothing else broken: general text, tasks that were not trained, and the cost of an answer, before and after.
+
+For the kept policy of a recipe's first seed. General text is Wikipedia: the paragraphs of XQuAD that document_qa holds
+out. Other tasks are those of the other recipes, judged by their audits on their held-out prompts.
+
+    python unbroken.py TEXTS MODEL…   one JSON object: for each model the mean log-likelihood a token of each text
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from lab import Facts, Lab, first_tries, summary_of, tao
+
+from opentao.bestofn import bootstrap, paired_difference
+
+BUILT_IN = "smollm2-135m-instruct"
+LONGEST = 512  # tokens of a text that are looked at
+
+
+def measure(lab: Lab, names: Sequence[str]) -> None:
+    for trained in names:
+        run = lab.work / trained / "seed-0"
+        if not (run / "summary.json").exists() or (policy := summary_of(run)["policy"]) is None:
+            continue  # nothing was kept, so nothing can be broken
+        where = str(run / policy)
+        lab.cell("general text", trained, lambda p=where: _perplexity(lab, p))
+        for other in names:
+            if other != trained and other != "support_triage":  # its prompts have no audit without its demo
+                lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p))
+
+
+def _perplexity(lab: Lab, policy: str) -> Facts:
+    """Of both; the difference is paired over texts."""
+    texts = _paragraphs(lab)
+    command = [sys.executable, __file__, str(texts), BUILT_IN, policy]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    before, after = (np.array(found[name]) for name in (BUILT_IN, policy))
+    return {
+        "texts": len(before),
+        "perplexity": {"base": float(np.exp(-before.mean())), "after": float(np.exp(-after.mean()))},
+        "nats": vars_of(paired_difference(-after, -before)),
+    }
+
+
+def vars_of(interval: object) -> Facts:
+    return {name: getattr(interval, name) for name in ("mean", "low", "high", "n")}
+
+
+def _paragraphs(lab: Lab) -> Path:
+    """Held-out paragraphs of document_qa, one a line."""
+    out = lab.work / "general.jsonl"
+    if not out.exists():
+        rows = [
+            json.loads(line) for line in (lab.folder("document_qa") / "heldout.jsonl").read_text("utf-8").splitlines()
+        ]
+        texts = {
+            row["document"]: row["prompt"].partition("Passage: ")[2].partition("\n\nQuestion: ")[0] for row in rows
+        }
+        out.write_text("".join(json.dumps(text) + "\n" for text in texts.values()))
+    return out
+
+
+def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
+    """The other recipe's held-out prompts, with few tries: the tuned policy's audit beside its base's own."""
+    folder, directory = lab.folder(other), lab.work / "unbroken" / f"{trained}-{other}"
+    few = ["--set=evaluate.base_group_size=4", f"--set=model={json.dumps(policy)}"]
+    tao("predict", "tao.yaml", "--run", str(directory), *few, cwd=folder)
+    after = {e["id"]: e["audit"] for e in first_tries(directory, 0)}
+    before = {e["id"]: e["audit"] for e in first_tries(lab.work / other / "seed-0", 0)}
+    shared = [key for key in after if before.get(key) is not None and after[key] is not None]
+    values = [[side[key] for key in shared] for side in (before, after)]
+    spent = json.loads((directory / "round-0" / "eval.json").read_text())
+    return {
+        "before": vars_of(bootstrap(values[0])),
+        "after": vars_of(bootstrap(values[1])),
+        "change": vars_of(paired_difference(values[1], values[0])),
+        "seconds": spent["seconds"],
+        "tokens": spent["tokens"],
+    }
+
+
+def likelihoods(texts: Sequence[str], model: str) -> list[float]:
+    """[texts] mean log-likelihood a token, in nats."""
+    import torch
+
+    from opentao.models import load_model
+
+    policy, tokenizer = load_model(model, dtype=torch.float32)
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)[:LONGEST]])
+        with torch.no_grad():
+            found.append(-policy(input_ids=ids, labels=ids).loss.item())
+    return found
+
+
+if __name__ == "__main__":
+    given = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    print(json.dumps({model: likelihoods(given, model) for model in sys.argv[2:]}))
