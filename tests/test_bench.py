@@ -56,10 +56,16 @@ def test_a_prompt_shorter_than_the_template_is_refused(tiny_model_dir: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["generate", "score"])
-def test_side_by_side_with_transformers(tiny_model_dir: Path, here: str, kind: Any) -> None:
+def test_side_by_side_with_transformers(
+    tiny_model_dir: Path, here: str, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+    real = Worker.turn
+    monkeypatch.setattr(Worker, "turn", lambda self: turns.append(self.label) or real(self))
     result = run_bench(kind, SIZES, str(tiny_model_dir), ["transformers"], [f"transformers={here}"], dict(SETTINGS))
     ours, peer = result["systems"]
     assert (ours["name"], peer["name"]) == ("opentao", "transformers")
+    assert turns == ["opentao", "transformers"] * 3
     for system in (ours, peer):
         assert system["tokens"] == 2 * 2 * 4  # equal work
         assert len(system["seconds"]) == 3
@@ -71,18 +77,10 @@ def test_side_by_side_with_transformers(tiny_model_dir: Path, here: str, kind: A
     assert "transformers" in as_text(result) and "×" in as_text(result)
 
 
-@pytest.mark.parametrize("kind", ["train", "reward-train", "round"])
+@pytest.mark.parametrize("kind", ["reward-train", "round"])  # `train`: below, by the command
 def test_our_side_of_every_kind(tiny_model_dir: Path, kind: Any) -> None:
     result = run_bench(kind, SIZES, str(tiny_model_dir), [], [], SETTINGS | {"repeats": 1})
     assert result["systems"][0]["tokens"] > 0 and result["times_faster"] == {}
-
-
-def test_they_take_turns(tiny_model_dir: Path, here: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[str] = []
-    real = Worker.turn
-    monkeypatch.setattr(Worker, "turn", lambda self: turns.append(self.label) or real(self))
-    run_bench("generate", SIZES, str(tiny_model_dir), ["transformers"], [f"transformers={here}"], dict(SETTINGS))
-    assert turns == ["opentao", "transformers"] * 3
 
 
 def test_a_short_run_is_done_twice_and_the_second_counts(tmp_path: Path) -> None:
@@ -124,9 +122,10 @@ def test_a_peers_error_is_one_line(tiny_model_dir: Path, here: str, monkeypatch:
 
 def test_the_command_prints_json(tiny_model_dir: Path) -> None:
     options = ["--prompts", "1", "--prompt-tokens", "30", "--group-size", "2", "--new-tokens", "2", "--repeats", "1"]
-    done = CliRunner().invoke(app, ["bench", "generate", "--model", str(tiny_model_dir), *options, "--json"])
+    done = CliRunner().invoke(app, ["bench", "train", "--model", str(tiny_model_dir), *options, "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["systems"][0]["name"] == "opentao"
+    [ours] = json.loads(done.stdout)["systems"]
+    assert ours["name"] == "opentao" and ours["tokens"] > 0
     failed = CliRunner().invoke(app, ["bench", "generate", "--model", str(tiny_model_dir), "--vs", "no", *options])
     assert failed.exit_code == 1 and "--vs no: expected one of" in failed.output
 
