@@ -113,7 +113,7 @@ class TestConfigs:
 
 def cell(base: dict[str, float | None], after: dict[str, float]) -> dict[str, Any]:
     sides = {"base": base, "after": after}
-    tries = {s: [{"id": i, "audit": v, "reward": v} for i, v in values.items()] for s, values in sides.items()}
+    tries = {s: {"id": [*v], "audit": [*v.values()], "reward": [*v.values()]} for s, v in sides.items()}
     return {"first_tries": tries, "verdict": "promote", "wall_seconds": 60.0}
 
 
@@ -137,8 +137,8 @@ class TestPooled:
         values = {str(i): float(i < 10) for i in range(20)}
         alone = cell(values, values)
         together = cell(values, values)
-        for entry in together["first_tries"]["base"]:
-            entry["db_id"] = "one" if entry["audit"] else "two"
+        base = together["first_tries"]["base"]
+        base["db_id"] = ["one" if value else "two" for value in base["audit"]]
         narrow, wide = (pooled.first_try([c], "base", "audit") for c in (alone, together))
         assert (wide.low, wide.high) == (0.0, 1.0)
         assert narrow.high < 1.0

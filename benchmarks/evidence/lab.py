@@ -58,7 +58,7 @@ class Lab:
         found = json.loads(self.results.read_text()) if self.results.exists() else {}
         found.setdefault(experiment, {})[name] = facts
         part = self.results.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        part.write_text(as_text(found))
         part.replace(self.results)
 
     def folder(self, recipe: str) -> Path:
@@ -77,6 +77,21 @@ class Lab:
         given = [f"--set={change}" for change in changes(settings)]
         tao("run", config, "--run", str(directory), "--go-on-if-flat", *given, cwd=cwd)
         return summary_of(directory)
+
+
+def as_text(found: dict[str, dict[str, Facts]]) -> str:
+    """JSON with a line a cell: what changed can be seen, and columns of numbers do not fill pages."""
+    parts = [
+        f"{json.dumps(experiment)}: {{\n"
+        + ",\n".join(f"{json.dumps(n)}: {_line(c)}" for n, c in sorted(cells.items()))
+        + "\n}"
+        for experiment, cells in sorted(found.items())
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _line(facts: Facts) -> str:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
 
 def changes(settings: Facts) -> list[str]:
@@ -100,22 +115,26 @@ def summary_of(directory: Path) -> Facts:
     return found
 
 
-def first_tries(directory: Path, round_: int) -> list[Facts]:
-    """Of every held-out prompt the mean reward and audit of its answers (null: unscored), and what it belongs to."""
+def first_tries(directory: Path, round_: int) -> Facts:
+    """Of every held-out prompt the mean reward and audit of its answers (null: unscored), and what it belongs to.
+
+    In columns: `id`, `reward`, `audit`, and those of `BELONGS` that all prompts have.
+    """
     folder = f"round-{round_}/eval"
     with Run(directory, read_only=True) as run:
-        return [
-            {
-                "id": group.prompt.id,
-                "reward": _mean(group.rewards_N),
-                "audit": _mean([score.value for score in group.scores.get("audit", ())]),
-                **{key: group.prompt.meta[key] for key in BELONGS if key in group.prompt.meta},
-            }
+        groups = [
+            group
             for name in run.names(f"{folder}/groups/")
             for group in attach_scores(
                 table_to_groups(run.read_table(name)), run.read_table(name.replace("/groups/", "/scores/"))
             )
         ]
+    return {
+        "id": [g.prompt.id[:8] for g in groups],
+        "reward": [_mean(g.rewards_N) for g in groups],
+        "audit": [_mean([score.value for score in g.scores.get("audit", ())]) for g in groups],
+        **{key: [g.prompt.meta[key] for g in groups] for key in BELONGS if all(key in g.prompt.meta for g in groups)},
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -157,7 +176,7 @@ def essence(directory: Path, round_: int | None = None) -> Facts:
         },
         "verdict": summary["verdict"],
         "why": summary["why"],
-        "prediction": summary["prediction"],
+        "prediction": {name: summary["prediction"][name] for name in ("target_n", "target", "flat")},
         "seconds": {s: round(sum(r["seconds"][s] for r in [base, *rounds]), 1) for s in base["seconds"]},
         "tokens": {s: sum(r["tokens"][s] for r in [base, *rounds]) for s in base["tokens"]},
     }

@@ -146,14 +146,11 @@ def multi(cells: Cells, lab: Lab) -> Iterator[str]:
     for task in TASKS:
         own = of(cells, task)
 
-        def pick(entry: Facts, task: str = task) -> bool:
-            return bool(entry.get("task") == task)
-
         yield _row(
             task,
-            number(first_try(together, "base", "audit", pick)),
-            number(first_try(together, "after", "audit", pick)),
-            signed(gain(together, "audit", pick)),
+            number(first_try(together, "base", "audit", task)),
+            number(first_try(together, "after", "audit", task)),
+            signed(gain(together, "audit", task)),
             _after(own),
             signed(gain(own, "audit")) if own else "",
         )

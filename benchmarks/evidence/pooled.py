@@ -7,28 +7,22 @@ nothing of how much a run depends on chance in training.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from lab import Facts
 
 from opentao.bestofn import Interval, bootstrap
 
-Pick = Callable[[Facts], bool]
+
+def first_try(cells: Sequence[Facts], side: str, what: str, task: str | None = None) -> Interval:
+    """`side`: base or after; `what`: reward or audit; `task`: prompts of this one only."""
+    return _interval(_by_prompt(cells, side, what, task))
 
 
-def everything(entry: Facts) -> bool:
-    return True
-
-
-def first_try(cells: Sequence[Facts], side: str, what: str, pick: Pick = everything) -> Interval:
-    """`side`: base or after; `what`: reward or audit."""
-    return _interval(_by_prompt(cells, side, what, pick))
-
-
-def gain(cells: Sequence[Facts], what: str, pick: Pick = everything) -> Interval:
+def gain(cells: Sequence[Facts], what: str, task: str | None = None) -> Interval:
     """After less before, prompt by prompt."""
-    before, after = (_by_prompt(cells, side, what, pick) for side in ("base", "after"))
+    before, after = (_by_prompt(cells, side, what, task) for side in ("base", "after"))
     return _interval({key: (after[key][0] - value, of) for key, (value, of) in before.items() if key in after})
 
 
@@ -42,15 +36,18 @@ def clear(cells: Sequence[Facts], what: str) -> bool:
     return first_try(cells, "after", what).low > first_try(cells, "base", what).high
 
 
-def _by_prompt(cells: Sequence[Facts], side: str, what: str, pick: Pick) -> dict[str, tuple[float, str]]:
+def _by_prompt(cells: Sequence[Facts], side: str, what: str, task: str | None) -> dict[str, tuple[float, str]]:
     """Prompt -> (mean over seeds, what it belongs to)."""
     values: dict[str, list[float]] = defaultdict(list)
     cluster: dict[str, str] = {}
     for cell in cells:
-        for entry in filter(pick, cell["first_tries"][side]):
-            if entry[what] is not None:
-                values[entry["id"]].append(entry[what])
-                cluster[entry["id"]] = entry.get("db_id") or entry.get("document") or entry["id"]
+        tries = cell["first_tries"][side]
+        belongs = tries.get("db_id") or tries.get("document") or tries["id"]
+        tasks = tries.get("task") or [None] * len(tries["id"])
+        for key, value, of, own in zip(tries["id"], tries[what], belongs, tasks, strict=True):
+            if value is not None and task in (None, own):
+                values[key].append(value)
+                cluster[key] = of
     return {key: (float(np.mean(own)), cluster[key]) for key, own in values.items()}
 
 

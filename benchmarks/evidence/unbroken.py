@@ -71,8 +71,7 @@ def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
     folder, directory = lab.folder(other), lab.work / "unbroken" / f"{trained}-{other}"
     few = ["--set=evaluate.base_group_size=4", f"--set=model={json.dumps(policy)}"]
     tao("predict", "tao.yaml", "--run", str(directory), *few, cwd=folder)
-    after = {e["id"]: e["audit"] for e in first_tries(directory, 0)}
-    before = {e["id"]: e["audit"] for e in first_tries(lab.work / other / "seed-0", 0)}
+    after, before = (audits_of(run) for run in (directory, lab.work / other / "seed-0"))
     shared = [key for key in after if before.get(key) is not None and after[key] is not None]
     values = [[side[key] for key in shared] for side in (before, after)]
     spent = json.loads((directory / "round-0" / "eval.json").read_text())
@@ -83,6 +82,11 @@ def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
         "seconds": spent["seconds"],
         "tokens": spent["tokens"],
     }
+
+
+def audits_of(run: Path) -> dict[str, float | None]:
+    base = first_tries(run, 0)
+    return dict(zip(base["id"], base["audit"], strict=True))
 
 
 def likelihoods(texts: Sequence[str], model: str) -> list[float]:
