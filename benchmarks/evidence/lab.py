@@ -115,6 +115,10 @@ def summary_of(directory: Path) -> Facts:
     return found
 
 
+def _audit(numbers: Facts) -> Facts:
+    return {"audit": numbers["audit"] and {"first_try": numbers["audit"]["first_try"]}}
+
+
 def first_tries(directory: Path, round_: int) -> Facts:
     """Of every held-out prompt the mean reward and audit of its answers (null: unscored), and what it belongs to.
 
@@ -169,11 +173,11 @@ def essence(directory: Path, round_: int | None = None) -> Facts:
     rounds = [r for r in rounds if round_ is None or r["round"] <= round_]
     return {
         "first_tries": {"base": first_tries(directory, 0), "after": first_tries(directory, own["round"])},
-        "base": {name: base[name] for name in ("first_try", "best_of", "length", "audit")},
+        "base": {name: base[name] for name in ("first_try", "best_of", "length")} | _audit(base),
         "after": {
-            name: own[name]
-            for name in ("round", "first_try", "kl", "length", "audit", "improvement", "audit_improvement")
-        },
+            name: own[name] for name in ("round", "first_try", "kl", "length", "improvement", "audit_improvement")
+        }
+        | _audit(own),
         "verdict": summary["verdict"],
         "why": summary["why"],
         "prediction": {name: summary["prediction"][name] for name in ("target_n", "target", "flat")},
