@@ -143,6 +143,13 @@ class TestPooled:
         assert (wide.low, wide.high) == (0.0, 1.0)
         assert narrow.high < 1.0
 
+    def test_one_against_another_is_prompt_by_prompt(self) -> None:
+        """Prompts differ far more than the two do: each alone is uncertain, their difference is not."""
+        low = {str(i): i / 20 for i in range(20)}
+        high = {i: v + 0.1 for i, v in low.items()}
+        difference = pooled.better([cell(low, high)], [cell(low, low)], "audit")
+        assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+
     def test_apart(self) -> None:
         low, high = ({str(i): v for i in range(20)} for v in (0.2, 0.8))
         assert pooled.clear([cell(low, high)], "audit")
@@ -165,5 +172,5 @@ def test_the_page_shows_what_was_measured(lab: labs.Lab) -> None:
     assert "| text_to_sql (3 seeds) | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
     assert "not run" in text
     assert "| distill | 0.750" in text
-    assert "regress" not in text
+    assert "| regress |" not in text
     assert "; 3,072 |" in text  # 8 answers, 4 rounds, 96 prompts

@@ -7,7 +7,7 @@ fewer rounds would give is read off the run of more.
 from __future__ import annotations
 
 import small
-from lab import SEEDS, Facts, Lab, drop_policies, essence, summary_of
+from lab import SEEDS, Facts, Lab, essence, summary_of
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 ROUNDS = (1, 2, 4)
@@ -24,16 +24,13 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
             directory = place / f"{n}-{seed}"
             settings = common | {"rounds": max(ROUNDS), "generate.group_size": n}
             lab.run("tao.yaml", directory, settings, cwd=folder)
-            drop_policies(directory)
             done = len(summary_of(directory)["rounds"])
             return {str(r): essence(directory, r) for r in ROUNDS if r <= done}
 
         def target(n: int, t: int, seed: int = seed, common: Facts = common) -> Facts:
             directory = place / f"{n}-target-{t}-{seed}"
             settings = common | {"rounds": 1, "generate.group_size": n, "train.target_n": t}
-            lab.run("tao.yaml", directory, settings, cwd=folder, start=place / f"{n}-{seed}")
-            drop_policies(directory)
-            return essence(directory)
+            return lab.run("tao.yaml", directory, settings, cwd=folder, start=place / f"{n}-{seed}")
 
         for n in GROUP_SIZES:
             lab.cell("compute", f"{n}/{seed}", lambda n=n: rounds(n))

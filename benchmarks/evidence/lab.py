@@ -70,13 +70,22 @@ class Lab:
             done.touch()
         return out
 
-    def run(self, config: str, directory: Path, settings: Facts, *, cwd: Path, start: Path | None = None) -> Facts:
-        """`tao run`, from a copy of the run `start` if there is one. Returns its summary; policies are not kept."""
+    def run(
+        self,
+        config: str,
+        directory: Path,
+        settings: Facts,
+        *,
+        cwd: Path,
+        start: Path | None = None,
+        keep_policy: bool = False,
+    ) -> Facts:
+        """`tao run`, from a copy of the run `start` if there is one. Returns its essence; policies are dropped."""
         if start is not None and not directory.exists():
             copy_run(start, directory)
         given = [f"--set={change}" for change in changes(settings)]
         tao("run", config, "--run", str(directory), "--go-on-if-flat", *given, cwd=cwd)
-        return summary_of(directory)
+        return essence_alone(directory, keep_policy=keep_policy)
 
 
 def as_text(found: dict[str, dict[str, Facts]]) -> str:
@@ -146,11 +155,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(sum(there) / len(there), 4) if there else None
 
 
-def drop_policies(directory: Path, *, but: Sequence[str] = ()) -> None:
-    """Half a gigabyte each; the numbers are kept."""
+def essence_alone(directory: Path, *, keep_policy: bool = False) -> Facts:
+    """The run's essence. Its policies, half a gigabyte each, are dropped, but for the kept one if that is wanted."""
+    kept = f"round-{summary_of(directory)['best_round']}"
     for policy in directory.glob("round-*/policy"):
-        if policy.parent.name not in but:
+        if not (keep_policy and policy.parent.name == kept):
             shutil.rmtree(policy)
+    return essence(directory)
 
 
 def copy_run(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import small
-from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, drop_policies, essence, python
+from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, essence_alone, python
 
 SIZES = (30, 100, 300, 1000)
 ALL_WEIGHT = {"train.objective": "distill", "train.target_n": 64}  # of the label: 1 − 2⁻⁶⁴
@@ -29,9 +29,7 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
         source = place / f"tao-{seed}"
 
         def one_tao(common: Facts = common, source: Path = source) -> Facts:
-            lab.run("tao.yaml", source, common | (tao or {}), cwd=folder)
-            drop_policies(source)
-            return essence(source)
+            return lab.run("tao.yaml", source, common | (tao or {}), cwd=folder)
 
         def one(n: int, common: Facts = common, source: Path = source, seed: int = seed) -> Facts:
             directory = place / f"{n}-{seed}"
@@ -39,8 +37,7 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
                 copy_run(source, directory)
             settings = common | {"rounds": 1} | (fine_tuning or {}) | ALL_WEIGHT
             python(HERE / "labels.py", "tao.yaml", directory, str(n), *changes(settings), cwd=folder)
-            drop_policies(directory)
-            return essence(directory)
+            return essence_alone(directory)
 
         lab.cell("labels", f"TAO/{seed}", one_tao)
         for n in SIZES:

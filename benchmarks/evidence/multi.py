@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import small
-from lab import SEEDS, Facts, Lab, drop_policies, essence
+from lab import SEEDS, Facts, Lab
 from tasks import TASKS
 
 
@@ -17,8 +17,7 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
                 directory = lab.work / "multi" / f"{name}-{seed}"
                 prompts = every * len(tasks) // len(TASKS)
                 settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT, "prompts_per_round": prompts}
-                lab.run("tao.yaml", directory, settings | (train or {}), cwd=small.folder(lab, size, tasks))
-                drop_policies(directory)
-                return essence(directory)
+                folder = small.folder(lab, size, tasks)
+                return lab.run("tao.yaml", directory, settings | (train or {}), cwd=folder)
 
             lab.cell("multi-task", f"{'all' if tasks == TASKS else tasks[0]}/{seed}", one)

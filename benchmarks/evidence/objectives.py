@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import small
-from lab import SEEDS, Facts, Lab, drop_policies, essence
+from lab import SEEDS, Facts, Lab
 from recipes import NOISE, RANDOM
 
 VARIANTS: dict[str, Facts] = {
@@ -81,12 +81,6 @@ def measure(lab: Lab, task: Task) -> None:
                 lab.cell(
                     "objectives",
                     f"{task.name}/{reward}/{variant}/{seed}",
-                    lambda d=directory, s=settings, f=start: _cell(lab, task, d, s, f),
+                    lambda d=directory, s=settings, f=start: lab.run("tao.yaml", d, s, cwd=task.folder, start=f),
                 )
                 start = start or (directory if directory.exists() else None)
-
-
-def _cell(lab: Lab, task: Task, directory: Path, settings: Facts, start: Path | None) -> Facts:
-    lab.run("tao.yaml", directory, settings, cwd=task.folder, start=start)
-    drop_policies(directory)
-    return essence(directory)

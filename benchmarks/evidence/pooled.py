@@ -26,6 +26,12 @@ def gain(cells: Sequence[Facts], what: str, task: str | None = None) -> Interval
     return _interval({key: (after[key][0] - value, of) for key, (value, of) in before.items() if key in after})
 
 
+def better(cells: Sequence[Facts], others: Sequence[Facts], what: str) -> Interval:
+    """The first ones' first try less the others', prompt by prompt."""
+    own, other = (_by_prompt(side, "after", what, None) for side in (cells, others))
+    return _interval({key: (value - other[key][0], of) for key, (value, of) in own.items() if key in other})
+
+
 def worst(cells: Sequence[Facts], what: str) -> float:
     """The smallest gain of a seed."""
     return min(gain([cell], what).mean for cell in cells)

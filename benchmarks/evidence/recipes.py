@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import EXAMPLES, SEEDS, Facts, Lab, copy_run, drop_policies, essence, python, summary_of, tao
+from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, python, tao
 
 NOISE = '''"""A reward that knows nothing: a number of its own for each answer, the same for the same answer."""
 
@@ -53,19 +53,13 @@ def measure(lab: Lab, names: list[str]) -> None:
 
 def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
     directory = lab.work / recipe.name / f"seed-{seed}"
+    keep = seed == SEEDS[0]  # its policy, for `unbroken`
     if recipe.name == "support_triage":
         tao("demo", "--run", str(directory), "--seed", str(seed), cwd=lab.work / recipe.name)
-    else:
-        folder = lab.folder(recipe.name)
-        _before(recipe, folder)
-        lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder)
-    drop_policies(directory, but=_kept(directory) if seed == 0 else ())
-    return essence(directory)
-
-
-def _kept(directory: Path) -> list[str]:
-    """The round whose policy is kept, for `unbroken`."""
-    return [f"round-{summary_of(directory)['best_round']}"]
+        return essence_alone(directory, keep_policy=keep)
+    folder = lab.folder(recipe.name)
+    _before(recipe, folder)
+    return lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder, keep_policy=keep)
 
 
 def _before(recipe: Recipe, folder: Path) -> None:
@@ -83,11 +77,8 @@ def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:
     """From the recipe's own groups: only what they are worth differs, and so what is learnt."""
     source = lab.work / recipe.name / f"seed-{seed}"
     directory = lab.work / recipe.name / f"random-{seed}"
-    folder = source if recipe.name == "support_triage" else lab.folder(recipe.name)
+    demo = recipe.name == "support_triage"
+    folder = source if demo else lab.folder(recipe.name)
     (folder / "noise.py").write_text(NOISE)
-    if not directory.exists():
-        copy_run(source, directory)
-    config = "config.yaml" if recipe.name == "support_triage" else "tao.yaml"
-    lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder)
-    drop_policies(directory)
-    return essence(directory)
+    config = "config.yaml" if demo else "tao.yaml"
+    return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder, start=source)

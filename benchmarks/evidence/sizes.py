@@ -6,7 +6,7 @@ from pathlib import Path
 
 import small
 from decoders import SIZES
-from lab import SEEDS, Facts, Lab, drop_policies, essence
+from lab import SEEDS, Facts, Lab
 
 RATES = {"1M": 1e-3, "3M": 1e-3, "10M": 5e-4, "135M": 2e-4}
 
@@ -20,8 +20,6 @@ def measure(lab: Lab, train: Facts | None = None) -> None:
                 directory = lab.work / "sizes" / f"{size}-{seed}"
                 settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT} | (train or {})
                 settings |= {"train.learning_rate": RATES[size]}
-                lab.run("tao.yaml", directory, settings, cwd=folder)
-                drop_policies(directory)
-                return essence(directory)
+                return lab.run("tao.yaml", directory, settings, cwd=folder)
 
             lab.cell("sizes", f"{size}/{seed}", one)
