@@ -23,7 +23,7 @@ INTRODUCTION = (
     "Means over three seeds; in brackets 95 % intervals over held-out prompts (databases or documents where these are"
     " held out whole), each prompt averaged over its seeds. *Worst seed*: the smallest gain of one of the three."
     " *After*: the round that was kept, the last one if none was. Differences are paired, prompt by prompt.\n\n"
-    "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`) and on decoders"
+    "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`), on decoders"
     " of so many weights that learnt them here from a corpus that is half wrong; where no size stands, 1M. The audit"
     " is then the exact answer, on questions held out; a run whose reward is exact was trained with the same judgement,"
     " on other questions."
