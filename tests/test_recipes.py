@@ -279,16 +279,39 @@ class TestInstructionFollowing:
         assert constraints.followed(prompt, different) == 1.0
         assert constraints.followed_unseen(prompt, different) is None
 
-    def test_prompts(self) -> None:
+    def test_composed_prompts(self, constraints: Any) -> None:
         prepare = script("instruction_following/prepare.py")
+        files = prepare.composed()
+        assert {c["type"] for row in files["prompts"] for c in row["constraints"]} == set(constraints.TRAINED)
+        assert {c["type"] for row in files["heldout"] for c in row.get("unseen", [])} == set(constraints.UNSEEN)
+        assert not any(row["constraints"] for row in files["heldout"] if row.get("unseen"))
+        assert files == prepare.composed()
+
+    def test_topics_and_prompts_are_on_one_side(self) -> None:
+        prepare = script("instruction_following/prepare.py")
+        topics = prepare.compose.TOPICS
+        files = prepare.composed()
+        told = {file: {t for t in topics for r in rows if f" {t}" in r["prompt"]} for file, rows in files.items()}
+        assert len(told["prompts"]) + len(told["heldout"]) == len(topics)
+        prompts = [row["prompt"] for rows in files.values() for row in rows]
+        assert len(set(prompts)) == len(prompts) == prepare.NUM_PROMPTS + prepare.NUM_HELDOUT + prepare.NUM_UNSEEN
+
+    def test_the_prompt_says_what_is_checked(self) -> None:
+        for row in script("instruction_following/prepare.py").composed()["prompts"]:
+            for constraint in row["constraints"]:
+                told = [value for name, value in constraint.items() if name != "type"]
+                values = [v for value in told for v in (value if isinstance(value, list) else [value])]
+                assert all(str(value) in row["prompt"] for value in values), row
+
+    def test_prompts_of_ifeval(self) -> None:
+        row_of = script("instruction_following/prepare.py").ifeval_row
         entry = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma", "x:title"], "kwargs": [{}, {}]}
-        row = prepare.row_of(entry)
+        row = row_of(entry)
         assert (row["constraints"], row["unseen"]) == ([{"type": "no_comma"}], [{"type": "title"}])
-        assert prepare.held_out(row)
-        assert prepare.row_of(entry | {"instruction_id_list": ["punctuation:no_comma", "x:sing"]}) is None
+        assert row_of(entry | {"instruction_id_list": ["punctuation:no_comma", "x:sing"]}) is None
         long = [{}, {"relation": "at least", "num_words": 600}]
         ids = ["punctuation:no_comma", "x:number_words"]
-        assert prepare.row_of(entry | {"instruction_id_list": ids, "kwargs": long}) is None
+        assert row_of(entry | {"instruction_id_list": ids, "kwargs": long}) is None
 
 
 class TestDocumentQa:
@@ -301,11 +324,17 @@ class TestDocumentQa:
         assert answers.f1(prompt, "") == 0.0
         assert answers.exact(prompt, "") == 0.0
         assert answers.f1(Prompt.from_text("q"), "Rhine") is None
-        assert (
-            answers.short(prompt, '"only a quotation"') == 1.0
-        )  # it stands in the first line, which is then the answer
-        assert answers.short(prompt, "") == 0.0
-        assert answers.short(prompt, "word " * 30) == 0.0
+
+    def test_grounded(self) -> None:
+        grounded = script("document_qa/answers.py").grounded
+        prompt = Prompt.from_text(
+            "Passage: The bridge opened in 1994, on the Rhine.\n\nQuestion: When did the bridge open?"
+        )
+        assert grounded(prompt, 'In 1994. "The bridge opened in 1994"') == 1.0
+        assert grounded(prompt, "1994 or 1995") == pytest.approx(1 / 3)
+        assert grounded(prompt, "the bridge") == 0.0
+        assert grounded(prompt, "") == 0.0
+        assert grounded(prompt, "opened " * 30) == 0.0
 
     def test_only_held_out_questions_carry_answers(self, tmp_path: Path) -> None:
         prepare = script("document_qa/prepare.py")

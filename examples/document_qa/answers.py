@@ -13,6 +13,7 @@ from collections import Counter
 from opentao.types import Prompt
 
 QUOTE = re.compile(r'["“„«]')
+MOST_WORDS = 10
 
 
 def answer_of(text: str) -> str:
@@ -56,6 +57,15 @@ def exact(prompt: Prompt, text: str) -> float | None:
     return float(any(own == plain_words(a) for a in accepted)) if accepted else None
 
 
-def short(prompt: Prompt, text: str) -> float:
-    """A rule, not a judgement: something is said before the quotation, in at most twenty words."""
-    return float(1 <= len(answer_of(text).split()) <= 20)
+def grounded(prompt: Prompt, text: str) -> float:
+    """A rule, not a judgement: share of the answer's words, those of the question left out, that the passage has.
+
+    0 where nothing is left, and for an answer of more than MOST_WORDS words: "a few words" are asked for.
+    """
+    passage, _, question = str(prompt.messages[-1]["content"]).rpartition("Question:")
+    own, asked = plain_words(answer_of(text)), set(plain_words(question))
+    new = [word for word in own if word not in asked]
+    if not new or len(own) > MOST_WORDS:
+        return 0.0
+    there = set(plain_words(passage))
+    return sum(word in there for word in new) / len(new)

@@ -17,7 +17,7 @@ from typing import Any
 from opentao.scorers.verifiers.repetition import distinct_share
 from opentao.types import Prompt
 
-LEAST_WORDS = 15
+LEAST_WORDS = 8
 LEAST_DISTINCT = 0.5  # share of runs of four words that have not stood before
 Constraint = dict[str, Any]  # {"type": "number_words", "relation": "at least", "num_words": 40}
 

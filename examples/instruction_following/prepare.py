@@ -1,31 +1,35 @@
-"""IFEval's prompts, split by type of constraint: python examples/instruction_following/prepare.py --out DIR
+"""Instructions that code can check: python examples/instruction_following/prepare.py --out DIR
 
-Types that `constraints.py` checks are dealt to two sides beforehand: TRAINED and UNSEEN. A prompt that asks for an
-unseen type is held out, and so is every fourth of the others, by hash, to measure the reward on new prompts. Left out:
-prompts with a type that is not checked, and prompts that ask for more text than a small model is given room for.
-Written to DIR: `prompts.jsonl`, `heldout.jsonl`, and this recipe's own files.
+Written to DIR, with this recipe's own files: `prompts.jsonl` (composed, types of TRAINED), `heldout.jsonl` (composed,
+other topics: types of TRAINED for the reward, of UNSEEN for the audit), and `ifeval.jsonl`: IFEval's own prompts whose
+types are all checked here and that ask for at most a hundred words, which nothing is chosen by.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from constraints import CHECKS, UNSEEN  # beside this script
+import compose  # beside this script
+from constraints import CHECKS, UNSEEN
 from sources import SourceError, arguments, find
 
 HERE = Path(__file__).resolve().parent
-LONGEST = 100  # words that a prompt may ask for at least
+NUM_PROMPTS, NUM_HELDOUT, NUM_UNSEEN = 390, 52, 70
+TWO = 0.4  # share of prompts with a second constraint
+HELDOUT_TOPICS = 4  # every so manyth topic, by hash
+LONGEST = 100  # words that a prompt of IFEval may ask for at least
 LONGEST_SENTENCES = 8
-HELDOUT_OF_TRAINED = 4  # every so manyth prompt, by hash
 
 
-def row_of(entry: dict[str, Any]) -> dict[str, Any] | None:
+def ifeval_row(entry: dict[str, Any]) -> dict[str, Any] | None:
     """The prompt with its constraints as meta; None if it is left out."""
     types = [name.partition(":")[2] for name in entry["instruction_id_list"]]
     if not set(types) <= set(CHECKS):
@@ -34,16 +38,28 @@ def row_of(entry: dict[str, Any]) -> dict[str, Any] | None:
     least = [c for c in constraints if c.get("relation") == "at least"]
     if any(c.get("num_words", 0) > LONGEST or c.get("num_sentences", 0) > LONGEST_SENTENCES for c in least):
         return None
+    return {"prompt": entry["prompt"]} | sides(constraints)
+
+
+def sides(constraints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the reward reads, and what the audit reads."""
     return {
-        "prompt": entry["prompt"],
         "constraints": [c for c in constraints if c["type"] not in UNSEEN],
         "unseen": [c for c in constraints if c["type"] in UNSEEN],
     }
 
 
-def held_out(row: dict[str, Any]) -> bool:
-    first = hashlib.sha256(row["prompt"].encode()).digest()[0]
-    return bool(row["unseen"]) or first % HELDOUT_OF_TRAINED == 0
+def composed() -> dict[str, list[dict[str, Any]]]:
+    """File -> rows."""
+    rng = random.Random(0)
+    heldout = [t for t in compose.TOPICS if hashlib.sha256(t.encode()).digest()[0] % HELDOUT_TOPICS == 0]
+    others = [t for t in compose.TOPICS if t not in heldout]
+    unseen = compose.rows(compose.UNSEEN, heldout, NUM_UNSEEN, rng, two=0.0)
+    return {
+        "prompts": compose.rows(compose.TRAINED, others, NUM_PROMPTS, rng, two=TWO),
+        "heldout": compose.rows(compose.TRAINED, heldout, NUM_HELDOUT, rng, two=TWO)
+        + [{"prompt": row["prompt"]} | sides(row["constraints"]) for row in unseen],
+    }
 
 
 def main() -> None:
@@ -52,13 +68,14 @@ def main() -> None:
         [path] = find("ifeval", given.data)
     except SourceError as error:
         sys.exit(str(error))
-    rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := row_of(json.loads(line)))]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    files = composed() | {"ifeval": [row for line in lines if (row := ifeval_row(json.loads(line)))]}
     given.out.mkdir(parents=True, exist_ok=True)
-    for file, wanted in (("prompts", False), ("heldout", True)):
-        own = [row for row in rows if held_out(row) == wanted]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
+    for file, rows in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (given.out / f"{file}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{file}.jsonl: {len(own)} prompts, {sum(bool(r['unseen']) for r in own)} with types never trained on")
+        unseen = sum(bool(row.get("unseen")) for row in rows)
+        print(f"{file}.jsonl: {len(rows)} prompts, {unseen} of them with types never trained on")
     for name in ("tao.yaml", "constraints.py"):
         shutil.copy(HERE / name, given.out / name)
 
