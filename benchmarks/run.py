@@ -215,6 +215,16 @@ def evidence_sections() -> list[str]:
     return sections(Lab(work=HERE))
 
 
+def evidence_documents() -> dict[Path, str]:
+    """Pages that show some of it."""
+    sys.path.insert(0, str(HERE / "evidence"))
+    from lab import Lab
+    from page import documents
+
+    sys.path.pop(0)
+    return documents(Lab(work=HERE))
+
+
 def reward_sections(found: dict[str, Any]) -> list[str]:
     """What `benchmarks/reward.py` measured, if it did."""
     parts = ["## Reward models on people's choices\n"]
@@ -332,6 +342,8 @@ def keep(path: Path, name: str, result: dict[str, Any], where: str) -> None:
 def write_page() -> None:
     files = [HERE / "results.json", HERE / "results-gpu.json", HERE / "reward_results.json"]
     (HERE / "RESULTS.md").write_text(page(*(json.loads(p.read_text()) if p.exists() else {} for p in files)))
+    for path, text in evidence_documents().items():
+        path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

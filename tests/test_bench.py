@@ -150,6 +150,11 @@ def test_the_page_of_results_is_what_the_script_writes() -> None:
     assert (BENCHMARKS / "RESULTS.md").read_text() == benchmarks_run().page(cpu, gpu, reward)
 
 
+def test_pages_that_show_what_was_measured_are_what_the_script_writes() -> None:
+    for path, text in benchmarks_run().evidence_documents().items():
+        assert path.read_text(encoding="utf-8") == text, path
+
+
 def test_a_bar_is_held_or_not() -> None:
     run = benchmarks_run()
     result = {

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import small
 from compute import GROUP_SIZES, ROUNDS, TARGETS
 from decoders import SIZES as DECODERS
-from lab import HERE, SEEDS, Facts, Lab
+from lab import EXAMPLES, HERE, SEEDS, Facts, Lab
 from labels import SIZES as LABELS
 from objectives import REWARDS, VARIANTS
 from peer import reached
 from pooled import better, clear, first_try, gain, worst
-from recipes import RECIPES
+from recipes import RECIPES, Recipe
 from tasks import TASKS
 
 from opentao.bestofn import Interval
 
 Cells = dict[str, Facts]
-PICTURES = HERE.parents[1] / "docs" / "pictures"
+DOCS = HERE.parents[1] / "docs"
+PICTURES = DOCS / "pictures"
+START, END = "<!-- measured:start -->", "<!-- measured:end -->"
+MOST_CHARACTERS = 220  # of a prompt's end or an answer, in a transcript
 INTRODUCTION = (
     "Means over three seeds; in brackets 95 % intervals over held-out prompts (databases or documents where these are"
     " held out whole), each prompt averaged over its seeds. *Worst seed*: the smallest gain of one of the three."
@@ -80,9 +84,74 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
             f"{best:.3f}" + ("" if ks == "16" else f" (of {ks})"),
             verdicts(own),
             verdicts(noise) if noise else "not run",
-            f"{sum(c['wall_seconds'] for c in own) / len(own) / 60:.0f}",
+            f"{sum(sum(c['seconds'].values()) for c in own) / len(own) / 60:.0f}",
         )
     yield ""
+
+
+def documents(lab: Lab) -> dict[Path, str]:
+    """What stands between the marks of each recipe's README and of docs/recipes.md becomes what was measured."""
+    cells = lab.kept("recipes")
+    blocks = {DOCS / "recipes.md": list(recipes(cells, lab))[2:]}
+    for recipe in RECIPES:
+        if own := of(cells, recipe.name):
+            blocks[EXAMPLES / recipe.name / "README.md"] = list(readme(recipe, own, lab))
+    return {path: _between_marks(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
+
+
+def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
+    """The recipe's numbers, and the first pairs of its first seed's report."""
+    k = max(own[0]["base"]["best_of"], key=int)
+    yield from _head(f"means over {len(own)} seeds, 95 % intervals over what is held out", "base", "after")
+    yield _row("audit of the first try", *(number(first_try(own, side, "audit")) for side in ("base", "after")))
+    yield _row("reward of the first try", *(number(first_try(own, side, "reward")) for side in ("base", "after")))
+    yield _row(
+        f"reward of the base's best of {k}", f"{sum(c['base']['best_of'][k]['mean'] for c in own) / len(own):.3f}", ""
+    )
+    yield _row("tokens of an answer", f"{average(own, 'length', 'base'):.0f}", f"{average(own, 'length'):.0f}")
+    yield ""
+    yield f"Audit gain {signed(gain(own, 'audit'))}, paired over prompts; worst seed {worst(own, 'audit'):+.3f}."
+    yield f"Verdicts: {verdicts(own)}{_noise(of(lab.kept('random reward'), recipe.name))}."
+    minutes = sum(sum(c["seconds"].values()) for c in own) / len(own) / 60
+    yield f"A run takes {minutes:.0f} minutes on two cores, the reward model's training not counted."
+    yield from (
+        "",
+        "## Transcript",
+        "",
+        "Seed 0, the first pairs of its report: drawn by chance, whatever came of them.",
+        "",
+    )
+    yield from _head("held-out prompt, its end", "base", "tuned")
+    for pair in own[0]["pairs"]:
+        yield _row(_tail(pair["prompt"]), *(_answer(pair[side]) for side in ("before", "after")))
+    yield ""
+
+
+def _noise(noise: Sequence[Facts]) -> str:
+    return f"; with a random reward {verdicts(noise)}" if noise else ""
+
+
+def _tail(text: str) -> str:
+    return _in_cell(text if len(text) <= MOST_CHARACTERS else "… " + text[-MOST_CHARACTERS:])
+
+
+def _answer(answer: Facts | None) -> str:
+    if answer is None:
+        return ""
+    text = answer["text"]
+    audit = "" if answer["audit"] is None else f" ({answer['audit']:.2g})"
+    return _in_cell(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …") + audit
+
+
+def _in_cell(text: str) -> str:
+    """As code, on one line, whatever it holds."""
+    fence = "``" if "`" in text else "`"
+    return f"{fence} {' '.join(text.split())} {fence}".replace("|", "¦")
+
+
+def _between_marks(text: str, lines: Sequence[str]) -> str:
+    before, after = text.split(START)[0], text.split(END)[1]
+    return f"{before}{START}\n" + "\n".join(lines).strip() + f"\n{END}{after}"
 
 
 def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
@@ -263,8 +332,8 @@ def of(cells: Cells, name: str) -> list[Facts]:
     return [cells[f"{name}/{seed}"] for seed in SEEDS if f"{name}/{seed}" in cells]
 
 
-def average(cells: Sequence[Facts], what: str) -> float:
-    return float(sum(c["after"][what]["mean"] for c in cells) / len(cells))
+def average(cells: Sequence[Facts], what: str, side: str = "after") -> float:
+    return float(sum(c[side][what]["mean"] for c in cells) / len(cells))
 
 
 def verdicts(cells: Sequence[Facts]) -> str:

@@ -1,8 +1,8 @@
 """Against TRL's GRPOTrainer: held-out first try against wall-clock minutes, same model, prompts, reward and machine.
 
 Ours is timed as a user runs it, one process a stage with its start and its loading of weights; TRL in one process, from
-its first step on. Judging does not count for either. TRL is given `times` as many seconds as ours took in all: what it
-has not reached by then, it did not reach that many times slower.
+its first step on. Judging does not count for either. TRL is given `times` as many seconds as ours took to reach the
+base's best of 8 (in all, if it did not): what it has not reached by then, it does not reach in less than that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opentao.prompts import read_prompts
 from opentao.store import Run, table_to_prompts
 
 TRL = HERE.parent / "envs" / "trl" / "bin" / "python"
-POLICIES = 6  # of TRL's that are judged, evenly over its time
+POLICIES = 4  # of TRL's that are judged, evenly over its time
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -82,12 +82,13 @@ def _ours(lab: Lab, match: Match, seed: int) -> Facts:
 def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
     out = lab.work / "peer" / match.name / f"trl-{seed}"
     if not (out / "done").exists():
-        _train(lab, match, seed, out, match.times * ours["points"][-1]["seconds"])
+        ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
+        _train(lab, match, seed, out, match.times * ours_took)
     points = ours["points"][:1]
     for line in (out / "policies.jsonl").read_text().splitlines():
         policy = json.loads(line)
         directory = out / f"judged-{policy['step']}"
-        few = {"evaluate.base_group_size": 8, "model": policy["path"], "seed": seed}
+        few = {"evaluate.base_group_size": 4, "model": policy["path"], "seed": seed}
         given = [f"--set={c}" for c in changes(match.settings | few)]
         tao("predict", "tao.yaml", "--run", str(directory), *given, cwd=match.folder)
         after = json.loads((directory / "round-0" / "eval.json").read_text())

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, python, tao
 
+from opentao.report import compare
+from opentao.summary import Evaluation, read
+
+NUM_PAIRS = 4  # shown in a recipe's README
+
 NOISE = '''"""A reward that knows nothing: a number of its own for each answer, the same for the same answer."""
 
 import hashlib
@@ -27,6 +32,10 @@ class Recipe:
     verified: bool = False
 
 
+def adapter(rate: str, *, epochs: int) -> tuple[str, ...]:
+    return ("--learning-rate", rate, "--epochs", str(epochs), "--lora-rank", "16", "--lora-layers", "attention")
+
+
 RECIPES = (
     Recipe(name="support_triage"),
     Recipe(name="instruction_following", verified=True),
@@ -36,10 +45,13 @@ RECIPES = (
             ("generate", "preferences.yaml", "--run", "choices"),
             ("score", "preferences.yaml", "--run", "choices"),
             ("preferences.py", "choices", "--out", "pairs.jsonl"),
-            ("reward", "train", "--pairs", "pairs.jsonl", "--out", "reward"),
+            ("reward", "train", "--pairs", "pairs.jsonl", "--out", "reward", *adapter("2e-3", epochs=3)),
         ),
     ),
-    Recipe(name="document_qa", before=(("reward", "train", "--pairs", "preferences.jsonl", "--out", "reward"),)),
+    Recipe(
+        name="document_qa",
+        before=(("reward", "train", "--pairs", "preferences.jsonl", "--out", "reward", *adapter("1e-3", epochs=2)),),
+    ),
 )
 
 
@@ -53,13 +65,24 @@ def measure(lab: Lab, names: list[str]) -> None:
 
 def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
     directory = lab.work / recipe.name / f"seed-{seed}"
-    keep = seed == SEEDS[0]  # its policy, for `unbroken`
+    first = seed == SEEDS[0]  # its policy is kept, for `unbroken`
     if recipe.name == "support_triage":
         tao("demo", "--run", str(directory), "--seed", str(seed), cwd=lab.work / recipe.name)
-        return essence_alone(directory, keep_policy=keep)
-    folder = lab.folder(recipe.name)
-    _before(recipe, folder)
-    return lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder, keep_policy=keep)
+        found = essence_alone(directory, keep_policy=first)
+    else:
+        folder = lab.folder(recipe.name)
+        _before(recipe, folder)
+        found = lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder, keep_policy=first)
+    return found | ({"pairs": _pairs(directory, found["after"]["round"])} if first else {})
+
+
+def _pairs(directory: Path, round_: int) -> list[Facts]:
+    """The first pairs that the report shows: drawn by chance, whatever came of them."""
+    base, after = (read(Evaluation, directory / f"round-{r}" / "eval.json").samples for r in (0, round_))
+    return [
+        {"prompt": p.prompt, "before": p.before and p.before.model_dump(), "after": p.after and p.after.model_dump()}
+        for p in compare(base, after).pairs[:NUM_PAIRS]
+    ]
 
 
 def _before(recipe: Recipe, folder: Path) -> None:

@@ -66,7 +66,7 @@ def write_report(directory: Path) -> Path:
         forecasts=_forecasts(summary),
         solves=_solves(summary),
         costs=_costs(summary),
-        compared=_compare(base.samples, tuned.samples if tuned else None),
+        compared=compare(base.samples, tuned.samples if tuned else None),
         set_aside=_set_aside(directory / "set_aside.jsonl"),
         config=config.read_text(encoding="utf-8") if config.exists() else None,
     )
@@ -299,7 +299,7 @@ class Comparison:
     seed: int = PAIRS_SEED
 
 
-def _compare(base: Sequence[Sample], tuned: Sequence[Sample] | None) -> Comparison:
+def compare(base: Sequence[Sample], tuned: Sequence[Sample] | None) -> Comparison:
     """First responses of the same prompts. The choice depends on ids and seed only, never on how a pair fell."""
     by_id = {s.prompt_id: s for s in (base if tuned is None else tuned)}
     common = sorted((s for s in base if s.prompt_id in by_id), key=lambda s: s.prompt_id)
