@@ -17,6 +17,7 @@ import compute  # noqa: E402
 import labels  # noqa: E402
 import multi  # noqa: E402
 import objectives  # noqa: E402
+import peer  # noqa: E402
 import pictures  # noqa: E402
 import recipes  # noqa: E402
 import sizes  # noqa: E402
@@ -33,7 +34,7 @@ SMALL: Facts = {
     "train.schedule": "linear",
     "train.epochs": 2,
 }
-EXPERIMENTS: dict[str, Callable[[Lab], None]] = {
+EXPERIMENTS: dict[str, Callable[[Lab], object]] = {
     "labels": lambda lab: labels.measure(lab, "1M", SMALL, SMALL),
     "compute": lambda lab: compute.measure(lab, "1M", SMALL),
     "multi-task": lambda lab: multi.measure(lab, "1M", SMALL),
@@ -41,6 +42,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], None]] = {
     "objectives": lambda lab: objectives.measure(lab, objectives.small_task(lab, "1M")),
     "recipes": lambda lab: recipes.measure(lab, [r.name for r in recipes.RECIPES]),
     "unbroken": lambda lab: unbroken.measure(lab, [r.name for r in recipes.RECIPES]),
+    "peer": lambda lab: [peer.measure(lab, match) for match in peer.matches(lab)],
 }
 
 

@@ -38,6 +38,17 @@ class Match:
     theirs: Facts = field(default_factory=dict)
 
 
+def matches(lab: Lab) -> tuple[Match, ...]:
+    """Two recipes, rewarded by their verifiers alone: one with short prompts, one with a schema in each."""
+    grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 2e-5, "lora": False}
+    queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite"}}]
+    short, long = (lab.folder(name) for name in ("instruction_following", "text_to_sql"))
+    return (
+        Match(name="instruction_following", folder=short, settings={}, rounds=2, times=3.0, theirs=grpo),
+        Match(name="text_to_sql", folder=long, settings={"scorers": queries}, rounds=2, times=6.0, theirs=grpo),
+    )
+
+
 def measure(lab: Lab, match: Match) -> None:
     if not TRL.exists():
         print(f"peer: no {TRL}, see benchmarks/README.md", flush=True)
