@@ -187,6 +187,16 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
                     verdicts(own),
                 )
             yield ""
+            if all("task" in own[0]["first_tries"]["base"] for own in found.values()):
+                yield from _by_task(found)
+
+
+def _by_task(found: dict[str, list[Facts]]) -> Iterator[str]:
+    """The same runs, task by task."""
+    yield from _head("audit gain of the same runs", *TASKS)
+    for variant, own in found.items():
+        yield _row(variant, *(signed(gain(own, "audit", task)) for task in TASKS))
+    yield ""
 
 
 def labels(cells: Cells, lab: Lab) -> Iterator[str]:
