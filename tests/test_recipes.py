@@ -229,6 +229,28 @@ class TestTextToSql:
         assert alike(prompt, "") == 0.0
 
 
+class TestLinked:
+    SCHEMA = "CREATE TABLE zoo (\n  zoo_id INTEGER,\n  Opening_Year INT,\n  city TEXT\n);\n\n-- Write a SQL query for: "
+
+    def linked(self, question: str, query: str) -> float:
+        rule = script("text_to_sql/queries.py").linked
+        return float(rule(Prompt.from_text(f"{self.SCHEMA}{question}\nAnswer with one statement."), query))
+
+    def test_what_the_question_names_and_nothing_else(self) -> None:
+        assert self.linked("What are the cities?", "SELECT city FROM zoo") == 1.0
+        assert self.linked("What are the cities?", "SELECT city, opening_year FROM zoo") == pytest.approx(5 / 6)
+        assert self.linked("How many zoos are there?", "SELECT count(*) FROM zoo") == 1.0
+        assert self.linked("Opening years in Bonn?", "SELECT Opening_Year FROM zoo WHERE city = 'Bonn'") < 1.0
+
+    def test_values_come_from_the_question(self) -> None:
+        good, bad = "SELECT city FROM zoo LIMIT 1", "SELECT city FROM zoo WHERE 1 = 1"
+        assert self.linked("Which city?", good) == 1.0
+        assert self.linked("Which city?", bad) == 0.5
+
+    def test_no_select_is_nothing(self) -> None:
+        assert self.linked("Which city?", "CREATE TABLE zoo (city TEXT)") == self.linked("Which city?", "") == 0.0
+
+
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"type": "no_comma"}, "none here", "one, here"),
     ({"type": "number_words", "relation": "at least", "num_words": 3}, "it's one-word too", "two words"),
