@@ -35,7 +35,7 @@ def test_split_sizes() -> None:
 
 def test_tokens_by_hand() -> None:
     """100 prompts of 5 tokens: 10 held out, 40 in each of 2 rounds; 4 responses of 10 tokens."""
-    stages = count_tokens(config(), 100, 5.0)
+    stages = count_tokens(config(train={"objective": "regress", "epochs": 1}), 100, 5.0)
     assert stages["generate"] == Stage(forward=80 * 5, decode=80 * 4 * 10)
     assert stages["score"] == Stage()
     assert stages["train"] == Stage(forward=80 * 45, train=80 * 45, steps=2 * 10)
@@ -60,7 +60,7 @@ def test_training_computes_what_the_objective_chooses(objective: str, num_chosen
 
 
 def test_a_group_over_a_row_is_computed_once_more() -> None:
-    stage = count_tokens(config(train={"row_tokens": 44, "epochs": 3}), 100, 5.0)["train"]
+    stage = count_tokens(config(train={"objective": "regress", "row_tokens": 44, "epochs": 3}), 100, 5.0)["train"]
     assert stage == Stage(forward=4 * 80 * 45, train=3 * 80 * 45, steps=60)
 
 

@@ -159,7 +159,7 @@ class KeepConfig(Node):
 class TrainConfig(Node):
     """How a round's scored groups become a policy."""
 
-    objective: Objective = "regress"
+    objective: Objective = "distill"
     method: Literal["lora", "full"] = "full"
     lora: LoraConfig = LoraConfig()
     train_embeddings: bool = Field(True, description="full: false leaves token embeddings, and a head tied to them")
@@ -167,11 +167,11 @@ class TrainConfig(Node):
     keep: KeepConfig | None = Field(None, description="train on the informative part of each group; default: all")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     schedule: Schedule = Field(
-        "constant",
+        "linear",
         description="linear: up over a tenth of the round's steps, then down to 0; cooldown: down over the second half",
     )
     temperature: float | None = Field(None, gt=0, description="of the learner's log-probs; default: that of sampling")
-    epochs: int = Field(1, ge=1, description="passes over the round's groups")
+    epochs: int = Field(2, ge=1, description="passes over the round's groups")
     prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
