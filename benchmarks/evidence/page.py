@@ -74,7 +74,7 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
         ks = max(own[0]["base"]["best_of"], key=int)
         best = sum(c["base"]["best_of"][ks]["mean"] for c in own) / len(own)
         yield _row(
-            f"{recipe.name} ({len(own)} seeds)",
+            f"{recipe.name} ({seeds(own)})",
             number(first_try(own, "base", "audit")),
             number(first_try(own, "after", "audit")),
             "yes" if clear(own, "audit") else "no",
@@ -102,7 +102,7 @@ def documents(lab: Lab) -> dict[Path, str]:
 def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     """The recipe's numbers, and the first pairs of its first seed's report."""
     k = max(own[0]["base"]["best_of"], key=int)
-    yield from _head(f"means over {len(own)} seeds, 95 % intervals over what is held out", "base", "after")
+    yield from _head(f"means over {seeds(own)}, 95 % intervals over what is held out", "base", "after")
     yield _row("audit of the first try", *(number(first_try(own, side, "audit")) for side in ("base", "after")))
     yield _row("reward of the first try", *(number(first_try(own, side, "reward")) for side in ("base", "after")))
     yield _row(
@@ -344,6 +344,10 @@ def of(cells: Cells, name: str) -> list[Facts]:
 
 def average(cells: Sequence[Facts], what: str, side: str = "after") -> float:
     return float(sum(c[side][what]["mean"] for c in cells) / len(cells))
+
+
+def seeds(cells: Sequence[Facts]) -> str:
+    return f"{len(cells)} seed{'s' * (len(cells) > 1)}"
 
 
 def verdicts(cells: Sequence[Facts]) -> str:
