@@ -102,7 +102,7 @@ def _before_after(axes: Any, found: Sequence[tuple[str, list[Facts]]]) -> None:
         _whisker(axes, y - 0.12, before, BEFORE, "before" if y == 0 else None)
         _whisker(axes, y + 0.12, after, AFTER, "after" if y == 0 else None)
     axes.set_yticks(range(len(found)), [name for name, _ in found])
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     _legend(axes)
 
 
