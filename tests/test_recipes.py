@@ -297,7 +297,8 @@ class TestInstructionFollowing:
         prompt = Prompt.from_text("x", constraints=[{"type": "no_comma"}], unseen=[])
         assert constraints.followed(prompt, "short") == 0.0
         assert constraints.followed(prompt, "the same again " * 20) == 0.0
-        different = "every word of this long enough sentence stands in it for the first and only time so"
+        different = "every word of this long enough sentence stands in it for the first and only time so."
+        assert constraints.followed(prompt, different.removesuffix(".")) == 0.0  # it breaks off
         assert constraints.followed(prompt, different) == 1.0
         assert constraints.followed_unseen(prompt, different) is None
 

@@ -60,6 +60,7 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
         "apart",
         "worst seed",
         "reward before",
+        "predicted",
         "after",
         "best of 16",
         "verdicts",
@@ -80,6 +81,7 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
             "yes" if clear(own, "audit") else "no",
             f"{worst(own, 'audit'):+.3f}",
             number(first_try(own, "base", "reward")),
+            f"{predicted(own):.3f}",
             number(first_try(own, "after", "reward")),
             f"{best:.3f}" + ("" if ks == "16" else f" (of {ks})"),
             verdicts(own),
@@ -105,6 +107,7 @@ def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     yield from _head(f"means over {seeds(own)}, 95 % intervals over what is held out", "base", "after")
     yield _row("audit of the first try", *(number(first_try(own, side, "audit")) for side in ("base", "after")))
     yield _row("reward of the first try", *(number(first_try(own, side, "reward")) for side in ("base", "after")))
+    yield _row("the same, predicted from the base's answers alone", "", f"{predicted(own):.3f}")
     yield _row(
         f"reward of the base's best of {k}", f"{sum(c['base']['best_of'][k]['mean'] for c in own) / len(own):.3f}", ""
     )
@@ -344,6 +347,11 @@ def of(cells: Cells, name: str) -> list[Facts]:
 
 def average(cells: Sequence[Facts], what: str, side: str = "after") -> float:
     return float(sum(c[side][what]["mean"] for c in cells) / len(cells))
+
+
+def predicted(cells: Sequence[Facts]) -> float:
+    """What `tao predict` says of the first try before any training: the base's best of `target_n`."""
+    return float(sum(c["prediction"]["target"]["mean"] for c in cells) / len(cells))
 
 
 def seeds(cells: Sequence[Facts]) -> str:

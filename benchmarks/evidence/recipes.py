@@ -50,7 +50,7 @@ RECIPES = (
     ),
     Recipe(
         name="document_qa",
-        before=(("reward", "train", "--pairs", "preferences.jsonl", "--out", "reward", *adapter("1e-3", epochs=2)),),
+        before=(("reward", "train", "--pairs", "preferences.jsonl", "--out", "reward", *adapter("1e-3", epochs=1)),),
     ),
 )
 

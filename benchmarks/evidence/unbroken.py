@@ -1,7 +1,8 @@
 """Nothing else broken: general text, tasks that were not trained, and the cost of an answer, before and after.
 
 For the kept policy of a recipe's first seed. General text is Wikipedia: the paragraphs of XQuAD that document_qa holds
-out. Other tasks are those of the other recipes, judged by their audits on their held-out prompts.
+out. Other tasks are those of the other recipes, judged by their audits on their held-out prompts; what the base gets
+there is in those recipes' own cells.
 
     python unbroken.py TEXTS MODEL…   one JSON object: for each model the mean log-likelihood a token of each text
 """
@@ -15,12 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lab import Facts, Lab, first_tries, summary_of, tao
+from lab import Facts, Lab, changes, first_tries, summary_of, tao
 
 from opentao.bestofn import bootstrap, paired_difference
 
 BUILT_IN = "smollm2-135m-instruct"
 LONGEST = 512  # tokens of a text that are looked at
+FEW: Facts = {  # tries, and a reward that costs nothing: only audits are read
+    "evaluate.base_group_size": 4,
+    "scorers": [{"type": "length", "args": {"min": 1, "max": 1000, "unit": "words"}}],
+}
 
 
 def measure(lab: Lab, names: Sequence[str]) -> None:
@@ -31,7 +36,9 @@ def measure(lab: Lab, names: Sequence[str]) -> None:
         where = str(run / policy)
         lab.cell("general text", trained, lambda p=where: _perplexity(lab, p))
         for other in names:
-            if other != trained and other != "support_triage":  # its prompts have no audit without its demo
+            if other not in (trained, "support_triage") and f"{other}/0" in lab.kept(
+                "recipes"
+            ):  # the demo has no folder
                 lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p))
 
 
@@ -69,9 +76,10 @@ def _paragraphs(lab: Lab) -> Path:
 def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
     """The other recipe's held-out prompts, with few tries: the tuned policy's audit beside its base's own."""
     folder, directory = lab.folder(other), lab.work / "unbroken" / f"{trained}-{other}"
-    few = ["--set=evaluate.base_group_size=4", f"--set=model={json.dumps(policy)}"]
-    tao("predict", "tao.yaml", "--run", str(directory), *few, cwd=folder)
-    after, before = (audits_of(run) for run in (directory, lab.work / other / "seed-0"))
+    given = [f"--set={change}" for change in changes(FEW | {"model": policy})]
+    tao("predict", "tao.yaml", "--run", str(directory), *given, cwd=folder)
+    base = lab.kept("recipes")[f"{other}/0"]["first_tries"]["base"]
+    after, before = audits(first_tries(directory, 0)), audits(base)
     shared = [key for key in after if before.get(key) is not None and after[key] is not None]
     values = [[side[key] for key in shared] for side in (before, after)]
     spent = json.loads((directory / "round-0" / "eval.json").read_text())
@@ -84,9 +92,8 @@ def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
     }
 
 
-def audits_of(run: Path) -> dict[str, float | None]:
-    base = first_tries(run, 0)
-    return dict(zip(base["id"], base["audit"], strict=True))
+def audits(tries: Facts) -> dict[str, float | None]:
+    return dict(zip(tries["id"], tries["audit"], strict=True))
 
 
 def likelihoods(texts: Sequence[str], model: str) -> list[float]:

@@ -1,6 +1,6 @@
 """Questions on passages, without answers to train on: python examples/document_qa/prepare.py --out DIR
 
-* `preferences.jsonl`: qa-feedback, up to four answers to each of 500 questions on Wikipedia passages, ranked by people.
+* `preferences.jsonl`: qa-feedback, up to four answers to each of 240 questions on Wikipedia passages, ranked by people.
 * `prompts.jsonl`, `heldout.jsonl`: XQuAD's English questions. A paragraph is held out, with all its questions, if the
   first byte of its sha256 is below 64; only held-out questions carry their answers, for the audit.
 
@@ -27,7 +27,8 @@ ASK = (
     " double quotes.\n\nPassage: {passage}\n\nQuestion: {question}"
 )
 HELDOUT_BELOW = 64
-LONGEST = 1500  # characters of a passage that people's choices are trained with
+LONGEST = 800  # characters of a passage that people's choices are trained with
+NUM_RANKINGS = 240  # the first by hash: more take hours on two cores
 
 
 def preferences(path: Path) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def preferences(path: Path) -> list[dict[str, Any]]:
             ranks = [1 + sum(other > wins[text] for other in wins.values()) for text in order]
             if len(set(ranks)) > 1:
                 rows.append({"prompt": prompt, "responses": order, "ranks": ranks, "ties": "unknown"})
-    return rows
+    return sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())[:NUM_RANKINGS]
 
 
 def questions(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

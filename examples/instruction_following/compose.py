@@ -1,7 +1,7 @@
-"""Prompts in the manner of IFEval that ask for a short text: a task, a topic, and one or two constraints.
+"""Prompts in the manner of IFEval that ask for a sentence or two: a task, a topic, and one or two constraints.
 
 IFEval's own prompts are few (164 of types that are checked and trained on) and ask for long texts, at which a small
-model spends minutes; these are as many as are wanted and take at most 64 tokens. Everything is drawn from the seed.
+model spends minutes; these are as many as are wanted and take at most 48 tokens. Everything is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ Constraint = dict[str, Any]
 Draw = Callable[[random.Random, str], tuple[Constraint, str]]  # (rng, topic) -> constraint, the sentence that asks
 
 TASKS = (
-    "Write a short description of {}.",
-    "Write two or three sentences about {}.",
-    "Explain to a child what {} is.",
-    "Write a short advertisement for {}.",
-    "Write a short note to thank a friend for {}.",
-    "Write a few sentences about how {} is made.",
-    "Say in a few sentences why people like {}.",
-    "Begin a short story about {}.",
+    "Describe {} briefly.",
+    "Explain to a child in few words what {} is.",
+    "Write a very short advertisement for {}.",
+    "Write a very short note to thank a friend for {}.",
+    "Say briefly how {} is made.",
+    "Say briefly why people like {}.",
+    "Begin a very short story about {}.",
 )
 NOUNS = (
     "bicycle lighthouse umbrella garden violin ladder kettle lantern sailboat blanket telescope camera suitcase drum"
@@ -43,12 +42,12 @@ def _no_comma(rng: random.Random, topic: str) -> tuple[Constraint, str]:
 
 
 def _number_words(rng: random.Random, topic: str) -> tuple[Constraint, str]:
-    relation, n = rng.choice((("at least", 30), ("at least", 35), ("less than", 20), ("less than", 25)))
+    relation, n = rng.choice((("at least", 20), ("at least", 25), ("less than", 12), ("less than", 15)))
     return _type("number_words", relation=relation, num_words=n), f"Answer with {relation} {n} words."
 
 
 def _number_sentences(rng: random.Random, topic: str) -> tuple[Constraint, str]:
-    relation, n = rng.choice((("at least", 4), ("at least", 5), ("less than", 3), ("less than", 2)))
+    relation, n = rng.choice((("at least", 3), ("at least", 4), ("less than", 2)))
     asked = f"Your answer should contain {relation} {n} sentences."
     return _type("number_sentences", relation=relation, num_sentences=n), asked
 
@@ -64,13 +63,13 @@ def _existence(rng: random.Random, topic: str) -> tuple[Constraint, str]:
 
 
 def _frequency(rng: random.Random, topic: str) -> tuple[Constraint, str]:
-    word, n = rng.choice(WORDS), rng.choice((2, 3))
+    word, n = rng.choice(WORDS), 2
     asked = f'The word "{word}" should appear at least {n} times.'
     return _type("frequency", keyword=word, frequency=n, relation="at least"), asked
 
 
 def _letter_frequency(rng: random.Random, topic: str) -> tuple[Constraint, str]:
-    letter, n = rng.choice("bckpvw"), rng.choice((4, 6))
+    letter, n = rng.choice("bckpvw"), rng.choice((3, 4))
     asked = f"The letter {letter} should appear at least {n} times."
     return _type("letter_frequency", letter=letter, let_frequency=n, let_relation="at least"), asked
 
@@ -82,7 +81,7 @@ def _highlights(rng: random.Random, topic: str) -> tuple[Constraint, str]:
 
 
 def _paragraphs(rng: random.Random, topic: str) -> tuple[Constraint, str]:
-    asked = "Write 2 short paragraphs with the markdown divider *** between them."
+    asked = "Write 2 very short paragraphs with the markdown divider *** between them."
     return _type("number_paragraphs", num_paragraphs=2), asked
 
 

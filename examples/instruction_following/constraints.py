@@ -4,7 +4,8 @@
     {type: python, args: {function: "constraints:followed_unseen"}}    the audit: types that training never sees
 
 A score is the share of a prompt's constraints that an answer follows. Doing nothing follows many of them (no commas,
-few words), so an answer of fewer than LEAST_WORDS words follows none, and neither does one that mostly repeats itself.
+few words), so an answer of fewer than LEAST_WORDS words follows none, and neither does one that mostly repeats itself
+or that breaks off: its last character ends no sentence and closes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from opentao.types import Prompt
 
 LEAST_WORDS = 8
 LEAST_DISTINCT = 0.5  # share of runs of four words that have not stood before
+ENDS = tuple(".!?…\"”'’)]}>*`")
 Constraint = dict[str, Any]  # {"type": "number_words", "relation": "at least", "num_words": 40}
 
 
@@ -35,7 +37,7 @@ def share(constraints: list[Constraint], text: str) -> float | None:
     if not constraints:
         return None
     words = text.split()
-    if len(words) < LEAST_WORDS or distinct_share(words, 4) < LEAST_DISTINCT:
+    if len(words) < LEAST_WORDS or distinct_share(words, 4) < LEAST_DISTINCT or not text.rstrip().endswith(ENDS):
         return 0.0
     return sum(follows(c, text) for c in constraints) / len(constraints)
 
