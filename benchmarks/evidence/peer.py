@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import sizes
+import small
 import yaml
 from lab import HERE, SEEDS, Facts, Lab, changes, tao
 
@@ -39,13 +41,27 @@ class Match:
 
 
 def matches(lab: Lab) -> tuple[Match, ...]:
-    """Two recipes, rewarded by their verifiers alone: one with short prompts, one with a schema in each."""
+    """Short prompts: the small tasks, asked of the 135M model; long ones: a recipe by its verifier alone."""
     grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 2e-5, "lora": False}
+    short: Facts = {"scorers": small.EXACT, "train.learning_rate": sizes.RATES["135M"]}
     queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite"}}]
-    short, long = (lab.folder(name) for name in ("instruction_following", "text_to_sql"))
     return (
-        Match(name="instruction_following", folder=short, settings={}, rounds=2, times=3.0, theirs=grpo),
-        Match(name="text_to_sql", folder=long, settings={"scorers": queries}, rounds=2, times=6.0, theirs=grpo),
+        Match(
+            name="small tasks",
+            folder=small.folder(lab, "135M"),
+            settings=short,
+            rounds=2,
+            times=3.0,
+            theirs=grpo | {"micro_batch": 32},
+        ),
+        Match(
+            name="text_to_sql",
+            folder=lab.folder("text_to_sql"),
+            settings={"scorers": queries},
+            rounds=2,
+            times=6.0,
+            theirs=grpo,
+        ),
     )
 
 

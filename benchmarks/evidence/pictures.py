@@ -30,6 +30,7 @@ def draw_all(lab: Lab) -> None:
         "labels": ("labels", "Labels against none", labels),
         "compute": ("compute", "First try against group size and rounds", compute),
         "sizes": ("sizes", "First try before and after by model size", sizes),
+        "peer": ("peer", "From the base's first try (0) to its best of 8 (1), seed by seed", peer),
     }
     for experiment, (name, title, draw) in pictures.items():
         if cells := lab.kept(experiment):
@@ -90,6 +91,23 @@ def compute(axes: Any, cells: Cells) -> None:
 def sizes(axes: Any, cells: Cells) -> None:
     _before_after(axes, [(size, own) for size in (*DECODERS, "135M") if (own := of(cells, size))])
     axes.set_xlabel("audit of the first try; right end of the thin line: best of 16")
+
+
+def peer(axes: Any, cells: Cells) -> None:
+    tasks = sorted({name.split("/")[0] for name in cells})
+    for task, line in zip(tasks, ("-", "--", ":"), strict=False):
+        ours = of(cells, f"{task}/opentao")
+        for system, runs, colour in (("OpenTAO", ours, AFTER), ("TRL", of(cells, f"{task}/trl"), LIMIT)):
+            for i, (run, own) in enumerate(zip(runs, ours, strict=False)):
+                tries = [point["first_try"]["mean"] for point in run["points"]]
+                way = own["best_of"]["8"]["mean"] - tries[0]
+                minutes = [point["seconds"] / 60 for point in run["points"]]
+                label = f"{system}, {task}" if i == 0 else None
+                axes.plot(minutes, [(t - tries[0]) / way for t in tries], f"o{line}", ms=3, color=colour, label=label)
+    axes.axhline(1, color=GREY, lw=1, ls=":")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("share of the way")
+    _legend(axes)
 
 
 def _before_after(axes: Any, found: Sequence[tuple[str, list[Facts]]]) -> None:
