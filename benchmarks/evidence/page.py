@@ -116,7 +116,8 @@ def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     yield f"Audit gain {signed(gain(own, 'audit'))}, paired over prompts; worst seed {worst(own, 'audit'):+.3f}."
     yield f"Verdicts: {verdicts(own)}{_noise(of(lab.kept('random reward'), recipe.name))}."
     minutes = sum(sum(c["seconds"].values()) for c in own) / len(own) / 60
-    yield f"A run takes {minutes:.0f} minutes on two cores, the reward model's training not counted."
+    apart = "" if recipe.verified else ", the reward model's training not counted"
+    yield f"A run takes {minutes:.0f} minutes on two cores{apart}."
     yield from (
         "",
         "## Transcript",
