@@ -97,11 +97,12 @@ def _before(recipe: Recipe, folder: Path) -> None:
 
 
 def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:
-    """From the recipe's own groups: only what they are worth differs, and so what is learnt."""
+    """From the recipe's own groups, if they are there: only what they are worth differs, and so what is learnt."""
     source = lab.work / recipe.name / f"seed-{seed}"
     directory = lab.work / recipe.name / f"random-{seed}"
     demo = recipe.name == "support_triage"
     folder = source if demo else lab.folder(recipe.name)
     (folder / "noise.py").write_text(NOISE)
     config = "config.yaml" if demo else "tao.yaml"
-    return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder, start=source)
+    start = source if (source / "summary.json").exists() else None
+    return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder, start=start)
