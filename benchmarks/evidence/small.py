@@ -28,6 +28,15 @@ CONFIG: Facts = {
     "generate": {"group_size": 8, "temperature": 1.0, "max_new_tokens": 24},
     "evaluate": {"base_group_size": 16, "group_size": 8},
 }
+SHOWN = [  # to the 135M model, which would answer in sentences; the decoders know nothing but these tasks
+    turn
+    for question, answer in (
+        ("Write as YYYY-MM-DD: 7 October 2003", "2003-10-07"),
+        ("Sort by name: wallet, bridge, mirror", "bridge, mirror, wallet"),
+        ("Which order? Invoice K204: please send the candle of order F518 to Porto.", "F518"),
+    )
+    for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+]
 EXACT: list[Facts] = [{"type": "python", "name": "exact", "args": {"function": "tasks:right"}}]
 
 
@@ -52,7 +61,12 @@ def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
         question, right, _ = make(task, rng)
         if question not in seen:
             seen.add(question)
-            rows.append({"prompt": question, "task": task, "label": right})
+            asked = (
+                {"messages": [*SHOWN, {"role": "user", "content": question}]}
+                if size == "135M"
+                else {"prompt": question}
+            )
+            rows.append(asked | {"task": task, "label": right})
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
     (out / "tao.yaml").write_text(json.dumps({"model": where} | CONFIG, indent=1))  # JSON is YAML
