@@ -25,8 +25,8 @@ START, END = "<!-- measured:start -->", "<!-- measured:end -->"
 MOST_CHARACTERS = 220  # of a prompt's end or an answer, in a transcript
 INTRODUCTION = (
     "Means over three seeds, or over as many as are named; in brackets 95 % intervals over held-out prompts (databases"
-    " or documents where these are held out whole), each prompt averaged over its seeds. *Worst seed*: the smallest gain"
-    " of one of them."
+    " or documents where these are held out whole), each prompt averaged over its seeds. *Worst seed*: the"
+    " smallest gain of one of them."
     " *After*: the round that was kept, the last one if none was. Differences are paired, prompt by prompt.\n\n"
     "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`), on decoders"
     " of so many weights that learnt them here from a corpus that is half wrong; where no size stands, 1M. The audit"

@@ -61,12 +61,8 @@ def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
         question, right, _ = make(task, rng)
         if question not in seen:
             seen.add(question)
-            asked = (
-                {"messages": [*SHOWN, {"role": "user", "content": question}]}
-                if size == "135M"
-                else {"prompt": question}
-            )
-            rows.append(asked | {"task": task, "label": right})
+            shown = SHOWN if size == "135M" else []
+            rows.append({"messages": [*shown, {"role": "user", "content": question}], "task": task, "label": right})
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
     (out / "tao.yaml").write_text(json.dumps({"model": where} | CONFIG, indent=1))  # JSON is YAML
