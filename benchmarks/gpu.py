@@ -1,12 +1,15 @@
 """The same comparisons on a GPU, in under nine minutes, from a checkout: python benchmarks/gpu.py
 
 Needs no network and no weights: the model is SmolLM2-135M's shape with random weights, which cost the same time. What
-it needs beside torch and transformers is in benchmarks/README.md. A peer other than transformers takes part if its
-environment is at benchmarks/envs. Results go to benchmarks/results-gpu.json and RESULTS.md.
+it needs beside torch and transformers is in benchmarks/README.md. transformers and TRL take part if they can be
+imported, another peer if its environment is at benchmarks/envs. Results go to benchmarks/results-gpu.json and
+RESULTS.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src"), str(HERE.parent / "tests")]
-os.environ["PYTHONPATH"] = str(HERE.parent / "src")  # for the workers
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
 
 import torch  # noqa: E402
 from run import LONG, SHORT, keep  # noqa: E402
@@ -29,11 +32,13 @@ from opentao.bench.run import DOES, ENVIRONMENTS, BenchError  # noqa: E402
 BUDGET_S = 7 * 60  # no comparison is started after that
 CASES = {  # kind, prompts, tokens a prompt
     "generate-short": ("generate", 64, SHORT),
-    "generate-long": ("generate", 16, LONG),
+    "generate-long": ("generate", 64, LONG),
     "score-long": ("score", 16, LONG),
     "train-long": ("train", 4, LONG),
     "train-short": ("train", 16, SHORT),
     "round-long": ("round", 4, LONG),
+    "round-short": ("round", 16, SHORT),
+    "reward-train-long": ("reward-train", 8, LONG),
 }
 
 
@@ -76,19 +81,28 @@ def device() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*", help=f"one of: {', '.join(CASES)}; none: all")
+    given = parser.parse_args()
+    if unknown := set(given.name) - set(CASES):
+        parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
     os.chdir(HERE.parent)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model = random_smollm(Path(folder) / "model")
-        environments = [f"transformers={here_as_environment(Path(folder) / 'env')}"]
+        here = here_as_environment(Path(folder) / "env")
+        mine = [p for p in ("transformers", "trl") if importlib.util.find_spec(p)]
+        environments = [f"{peer}={here}" for peer in mine]
         for name, (kind, prompts, tokens) in CASES.items():
+            if given.name and name not in given.name:
+                continue
             if time.perf_counter() - start > BUDGET_S:
                 print(f"{name}: not started, {BUDGET_S} s are over", flush=True)
                 continue
             sizes = {"prompts": prompts, "prompt_tokens": tokens, "group_size": 8, "new_tokens": 64}
-            present = [p for p in DOES if kind in DOES[p] and (p == "transformers" or (ENVIRONMENTS / p).exists())]
+            present = [p for p in DOES if kind in DOES[p] and (p in mine or (ENVIRONMENTS / p).exists())]
             peers = [p for p in present if p != "llama.cpp"]
             settings = {"dtype": "bfloat16", "lora": True, "repeats": 3}
             try:

@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build_tiny_model
 
 from opentao.errors import ModelError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may reach a network by accident
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

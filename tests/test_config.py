@@ -55,7 +55,7 @@ def test_good(config_file: Path) -> None:
 def test_dump_holds_every_setting(config_file: Path) -> None:
     config = load_config(config_file)
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
-    assert "row_tokens: 2048" in dump_config(config)
+    assert "prompts_per_step: 4" in dump_config(config)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ class GenerateConfig(Node):
     stop: list[str] = []
     strategies: list[StrategyConfig] = Field([StrategyConfig(name="plain")], min_length=1)
     shard_prompts: int = Field(16, ge=1, description="prompts per shard: what a kill can lose")
-    batch_responses: int = Field(256, ge=1, description="responses decoded side by side, at most")
+    batch_responses: int | None = Field(
+        None, ge=1, description="responses decoded side by side, at most; default: 256, on a GPU 1024"
+    )
     rollout_dtype: RolloutDtype = Field("auto", description="of the sampler's weights in a round; int8: rounded")
 
     @field_validator("strategies")
@@ -175,7 +177,11 @@ class TrainConfig(Node):
     prompts_per_step: int = Field(4, ge=1, description="groups per optimiser step")
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    row_tokens: int = Field(2048, ge=1, description="a packed row's most tokens; a memory knob, the gradient stays")
+    row_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="a packed row's most tokens; a memory knob, the gradient stays. Default: 2048, on a GPU up to 8192",
+    )
     save_every_steps: int = Field(50, ge=1, description="steps between checkpoints inside a round")
     target_n: int = Field(16, ge=2, description="regress, distill: which best-of-n is baked; may exceed group_size")
     target: Literal["rank", "value"] = Field("rank", description="regress: targets from ranks, or from reward / beta")

@@ -18,6 +18,8 @@ from opentao.config import Config
 from opentao.errors import DataError
 from opentao.types import Prompt, SamplingPlan
 
+ROWS, ROW_TOKENS = 256, 2048  # where the config does not say; a GPU takes more if it has room, never less
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,8 +61,8 @@ class Probe:
         """The larger of training (activations grow in proportion to the row) and of generating (keys and values)."""
         if self.loaded_bytes is None or self.row_bytes is None:
             return None
-        train = self.state_bytes + self.row_bytes * config.train.row_tokens // PROBE_TOKENS
-        wanted = self.cache_bytes * config.generate.batch_responses * config.generate.max_new_tokens
+        train = self.state_bytes + self.row_bytes * (config.train.row_tokens or ROW_TOKENS) // PROBE_TOKENS
+        wanted = self.cache_bytes * (config.generate.batch_responses or ROWS) * config.generate.max_new_tokens
         generate = min(wanted, self.cache_budget_bytes)
         return self.loaded_bytes + max(train, generate)
 
@@ -99,10 +101,11 @@ def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
     from opentao.optimise import num_steps
 
     objective = OBJECTIVES[config.train.objective]
+    row_tokens = config.train.row_tokens or ROW_TOKENS
     chosen = objective.choose(np.arange(config.generate.group_size, dtype=np.float64), config.train)
     group = P + len(chosen) * R
     tokens = config.rounds * per_round * group
-    again = config.train.epochs if group > config.train.row_tokens else 0
+    again = config.train.epochs if group > row_tokens else 0
     return Stage(
         forward=(objective.needs_reference + again) * tokens,
         train=config.train.epochs * tokens,

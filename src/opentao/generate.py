@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from opentao.policy import Policy
+from opentao.engines.memory import default_rows
+from opentao.policy import Policy, default_device
 from opentao.session import Session, shards
 from opentao.store import groups_to_table
 from opentao.types import Group, Prompt, ReportingEngine, SamplingPlan, content_hash
@@ -45,7 +46,9 @@ def generate(
 def _shard_size(session: Session, plan: SamplingPlan) -> int:
     """At least two full batches a shard, so that waiting groups take the rows of those that end early."""
     settings = session.config.generate
-    return max(settings.shard_prompts, 2 * settings.batch_responses // plan.group_size)
+    return max(
+        settings.shard_prompts, 2 * (settings.batch_responses or default_rows(default_device())) // plan.group_size
+    )
 
 
 def _in_order(batch: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:

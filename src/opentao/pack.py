@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opentao import liger
+from opentao.engines.memory import default_row_tokens
 from opentao.errors import ModelError
 from opentao.packed_attention import FLEX_ATTENTION, PACKED_ATTENTION, flex_mask, row_layout
 from opentao.policy import attention_of
 from opentao.rows import Row, Sequences, plain_rows, plan_rows, sharing_pays
 
+GPU_ATTENTION = FLEX_ATTENTION
 CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
 
 
@@ -67,7 +70,7 @@ def hidden_states(model: Any, row: Row, attention: str | None = None) -> Tensor:
     if len(row.owners) == 1:
         hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
         return hidden[0]
-    attention = attention or (FLEX_ATTENTION if device.type == "cuda" else PACKED_ATTENTION)
+    attention = attention or (GPU_ATTENTION if device.type == "cuda" else PACKED_ATTENTION)
     if attention == FLEX_ATTENTION:
         visible: dict[str, Any] = {"flex_mask": flex_mask(row, device)}
     else:
@@ -105,6 +108,8 @@ def _chunk_logprobs(model: Any, hidden: Tensor, targets: Tensor, temperature: fl
     logits = head_logits(model, hidden).to(dtype)
     if temperature != 1.0:
         logits = logits / temperature
+    if logits.dtype == torch.float32 and liger.uses_liger(logits.device):
+        return liger.logprobs(logits, targets)
     logprobs: Tensor = _Logprobs.apply(logits, targets)
     return logprobs
 
@@ -159,6 +164,12 @@ def row_logprobs(model: Any, row: Row, temperature: float = 1.0, chunk: int = CH
     device = hidden.device
     wanted = hidden[torch.tensor(row.sources, device=device, dtype=torch.long)]
     targets = torch.tensor(row.targets, device=device, dtype=torch.long)
+    pieces = chunked_logprobs(model, wanted, targets, temperature, chunk)
+    return list(torch.cat(pieces).split(row.sizes)) if pieces else []
+
+
+def chunked_logprobs(model: Any, wanted: Tensor, targets: Tensor, temperature: float, chunk: int) -> list[Tensor]:
+    """Log-probs of targets [T] after hidden states [T, hidden], in pieces of at most `chunk` tokens."""
     with_gradient = torch.is_grad_enabled() and wanted.requires_grad
     frozen = not any(p.requires_grad for p in _causal_lm(model).get_output_embeddings().parameters())
     pieces = []
@@ -169,17 +180,20 @@ def row_logprobs(model: Any, row: Row, temperature: float = 1.0, chunk: int = CH
             pieces.append(checkpoint(_chunk_logprobs, model, h, t, temperature, use_reentrant=False))
         else:
             pieces.append(_chunk_logprobs(model, h, t, temperature))
-    return list(torch.cat(pieces).split(row.sizes)) if pieces else []
+    return pieces
 
 
 @torch.no_grad()
 def group_logprobs(
-    model: Any, groups: Sequence[Sequences], *, row_tokens: int = 2048, temperature: float = 1.0
+    model: Any, groups: Sequence[Sequences], *, row_tokens: int | None = None, temperature: float = 1.0
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Log-probs without gradients: yields (group index, N tensors [R]) in order, as groups are finished."""
+    """Log-probs without gradients: yields (group index, N tensors [R]) in order, as groups are finished.
+
+    `row_tokens` None: as `default_row_tokens` says.
+    """
     found: dict[int, dict[int, Tensor]] = {}
     done = 0
-    for row in rows_for(model, groups, row_tokens):
+    for row in rows_for(model, groups, row_tokens or default_row_tokens(model)):
         for (g, i), logprobs in zip(row.owners, row_logprobs(model, row, temperature), strict=True):
             found.setdefault(g, {})[i] = logprobs
         while done < len(groups) and len(found.get(done, {})) == len(groups[done].responses_NR):

@@ -200,6 +200,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, *, ca
     B, H, Q, D = q.shape
     Hk, K = k.shape[1:3]
     q, k = q.to(v.dtype), k.to(v.dtype)  # normed queries and keys leave autocast's dtype
+    if q.device.type == "cuda" and not causal:  # of the fused kernels that take a mask, none shares key heads
+        k, v = (x.repeat_interleave(H // Hk, 1) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     if q.device.type != "cpu" or B * H * Q * K > SMALL_SCORES:
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=None if causal else mask, is_causal=causal, scale=scaling, enable_gqa=Hk != H
@@ -217,8 +220,9 @@ AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
 
 def flex_mask(row: Row, device: torch.device) -> BlockMask:
     """The same visibility as one block mask: a token sees what stands before it of the prefix, its prompt, itself."""
-    group_T = torch.tensor(row.group_T, device=device)
-    part_T = torch.tensor(row.part_T, device=device)
+    # int32: the mask is found for all T² pairs before it is made into blocks
+    group_T = torch.tensor(row.group_T, device=device, dtype=torch.int32)
+    part_T = torch.tensor(row.part_T, device=device, dtype=torch.int32)
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (group_T[k] == group_T[q]) & ((part_T[k] == 0) | (part_T[k] == part_T[q]))

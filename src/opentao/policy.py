@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opentao import liger
 from opentao.config import TrainConfig
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_tokenizer, resolve_model
@@ -111,12 +112,13 @@ def load_policy(policy: Policy, *, merge: bool = True, dtype: torch.dtype | None
     device = default_device()
     where = str(policy.path) if policy.kind == "full" else policy.base
     dtype = dtype or default_dtype(device)
-    model: Any = load_causal_lm(where, dtype=dtype, trust_remote_code=policy.trust_remote_code)
+    model: Any = load_causal_lm(where, dtype=dtype, trust_remote_code=policy.trust_remote_code).to(device)
+    liger.patch(model)
     if policy.kind == "lora":
         model = PeftModel.from_pretrained(model, str(policy.path), is_trainable=not merge)
         model = model.merge_and_unload() if merge else model
     tokenizer = load_tokenizer(where, trust_remote_code=policy.trust_remote_code)
-    return LoadedPolicy(policy, model.to(device).eval(), tokenizer)
+    return LoadedPolicy(policy, model.eval(), tokenizer)
 
 
 def load_for_training(policy: Policy, config: TrainConfig, seed: int) -> LoadedPolicy:

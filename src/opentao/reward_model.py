@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from opentao import liger
 from opentao.config import Head
+from opentao.engines.memory import default_row_tokens
 from opentao.errors import ModelError
 from opentao.models import load_causal_lm, load_classifier, load_tokenizer, resolve_model
 from opentao.optimise import autocast
@@ -43,6 +45,7 @@ class RewardModel:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
+        liger.patch(model)
         self.tokenizer = tokenizer
         self.num_heads: int = model.config.num_labels
         if self.num_heads != 1 and getattr(model.config, ENSEMBLE, None) != self.num_heads:
@@ -129,14 +132,14 @@ class RewardModel:
         end = max((i for i, token in enumerate(tokens) if token != pad), default=len(tokens) - 1)
         return tokens[: end + 1]
 
-    def score(self, groups: Sequence[Sequences], row_tokens: int = 2048) -> Iterator[tuple[int, list[float]]]:
+    def score(self, groups: Sequence[Sequences], row_tokens: int | None = None) -> Iterator[tuple[int, list[float]]]:
         """Scores without gradients, the mean over the heads: yields (group index, N scores) in order."""
         for index, heads_NK in self.score_heads(groups, row_tokens):
             yield index, [sum(heads_K) / len(heads_K) for heads_K in heads_NK]
 
     @torch.no_grad()
     def score_heads(
-        self, groups: Sequence[Sequences], row_tokens: int = 2048
+        self, groups: Sequence[Sequences], row_tokens: int | None = None
     ) -> Iterator[tuple[int, list[list[float]]]]:
         """Yields (group index, N lists of one score a head) in order."""
         found: dict[int, dict[int, list[float]]] = {}
@@ -151,8 +154,11 @@ class RewardModel:
                 found.pop(done, None)
                 done += 1
 
-    def rows(self, groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
-        return rows_for(self.model, groups, row_tokens) if self.reads_last_token else plain_rows(groups)
+    def rows(self, groups: Sequence[Sequences], row_tokens: int | None) -> list[Row]:
+        """Rows of at most `row_tokens`; None: as `default_row_tokens` says."""
+        if not self.reads_last_token:
+            return plain_rows(groups)
+        return rows_for(self.model, groups, row_tokens or default_row_tokens(self.model))
 
     def row_scores(self, row: Row) -> Tensor:
         """Scores [len(row.owners), heads] of one row, with gradients if they are on."""

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from opentao.bestofn import bootstrap, max_variance_subset
 from opentao.config import TrainConfig
+from opentao.engines.memory import default_row_tokens
 from opentao.objectives import OBJECTIVES, Credit, Objective, Totals
 from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, optimise
 from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for
 from opentao.policy import LoadedPolicy, Policy, load_for_training
 from opentao.rows import Row, Sequences, whole_groups
 from opentao.session import Session
-from opentao.types import NAN, Group, Strategy, content_hash
+from opentao.types import NAN, Group, ReleasingEngine, Strategy, content_hash
 
 MISMATCH_GROUPS = 16  # on which the distance of the sampler from the learner is measured
 
@@ -89,7 +90,9 @@ def attach_reference(
 
 
 @torch.no_grad()
-def sampler_mismatch(model: Any, examples: Sequence[Example], row_tokens: int, temperature: float) -> list[float]:
+def sampler_mismatch(
+    model: Any, examples: Sequence[Example], row_tokens: int | None, temperature: float
+) -> list[float]:
     """KL(sampler ‖ learner) in nats a token, estimated on each example's responses that were asked plainly.
 
     The mean of r − 1 − log r over sampled tokens, r = π_learner/π_sampler, is unbiased and never negative.
@@ -133,7 +136,7 @@ def accumulate(
     """Add the gradient of one step's loss to the model, row by row. Returns the loss."""
     totals = Totals(num_groups=len(batch), num_tokens=sum(e.num_tokens for e in batch))
     total = 0.0
-    for examples, rows in micro_batches(model, batch, config.row_tokens):
+    for examples, rows in micro_batches(model, batch, config.row_tokens or default_row_tokens(model)):
 
         def loss_of(logprobs: list[list[Tensor]], examples: list[Example] = examples) -> Tensor:
             credits = [_credit(e, lp) for e, lp in zip(examples, logprobs, strict=True)]
@@ -258,6 +261,8 @@ def _train_round(
 ) -> None:
     """All steps of a round, from the newest checkpoint. Writes the metrics of every step, then the policy."""
     config, run = session.config.train, session.run
+    if isinstance(session.engine, ReleasingEngine):  # other weights are next: training may have its memory
+        session.engine.release()
     loaded = load_for_training(policy, config, session.config.seed)
     check_packing(loaded.model, max((e.sequences for e in examples), key=lambda s: s.num_tokens))
     _mismatch(session, round_, loaded, examples, checkpoint.key)

@@ -224,6 +224,13 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class ReleasingEngine(Protocol):
+    """An engine that can give back its memory between uses."""
+
+    def release(self) -> None: ...
+
+
+@runtime_checkable
 class ReportingEngine(Protocol):
     """An engine that makes many groups side by side and says meanwhile how far it is."""
 

@@ -1,7 +1,7 @@
 """Start our worker and the peers, let them take turns, and say what came out: medians, ranges, peak memory.
 
-Only one of them computes at a time. Before that the machine's matrix-product limit is measured for the same model and
-precision, so that tokens per second can be read as a share of what the products alone would allow.
+Only one of them computes at a time. Before generating, the machine's matrix-product limit is measured for the same
+model and precision, so that tokens per second can be read as a share of what the products alone would allow.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BenchError(TaoError):
 
 @dataclass(kw_only=True, slots=True)
 class Timing:
-    """What one system did. Seconds of each run, tokens of one, peak memory of its processes in bytes."""
+    """What one system did. Seconds of each run, tokens of one, peak memory in bytes (a GPU's, else the processes')."""
 
     name: str
     version: str
@@ -170,7 +170,9 @@ def _workers(case: Case, peers: Sequence[str], environments: dict[str, Path]) ->
             return worker
 
         ours = [sys.executable, "-m", "opentao.bench.worker"]
-        limit = start(replace(case, options={"limit": True}), ours, "limit").about["limit"]
+        limit = {}
+        if case.kind == "generate":
+            limit = start(replace(case, options={"limit": True}), ours, "limit").about["limit"]
         workers = [start(case, ours, "opentao")]
         for peer, python in pythons.items():
             workers.append(start(case, [python, str(PEERS / SCRIPTS[peer])], peer))
@@ -185,7 +187,7 @@ def bench(case: Case, peers: Sequence[str], environments: dict[str, Path], repea
             for worker, timing in zip(workers, timings, strict=True):
                 answer = worker.turn()
                 timing.seconds.append(answer["seconds"])
-                timing.tokens, timing.peak_bytes = answer["tokens"], worker.peak_bytes
+                timing.tokens, timing.peak_bytes = answer["tokens"], answer["gpu_peak_bytes"] or worker.peak_bytes
     sizes = {
         "prompts": len(case.prompt_ids),
         "prompt_tokens": len(case.prompt_ids[0]),
@@ -216,6 +218,6 @@ def as_text(result: dict[str, Any]) -> str:
             f" | {system['tokens_per_second']:.0f} | {system['peak_bytes'] / 1e9:.1f} GB"
             f" | {'' if ratio is None else f'{ratio:.1f}×'} |"
         )
-    best = max(result["limit_tokens_per_second"].values())
+    best = max(result["limit_tokens_per_second"].values(), default=0)
     limit = f"Matrix products alone: {best:.0f} tok/s ({result['dtype']})." if result["kind"] == "generate" else ""
     return "\n".join([head, *rows, "", limit]).rstrip() + "\n"

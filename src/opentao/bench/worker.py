@@ -206,7 +206,7 @@ def reward_train(case: dict[str, Any]) -> Callable[[], int]:
 
     def step(number: int = len(pairs)) -> int:
         optimiser.zero_grad()
-        for row in reward_model.rows(pairs[:number], 2048):
+        for row in reward_model.rows(pairs[:number], None):
             with autocast(model):
                 scores = reward_model.row_scores(row)
             losses = [bradley_terry(scores[i : i + 2], [(0, 1)]) for i in range(0, len(scores), 2)]

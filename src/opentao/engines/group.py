@@ -10,15 +10,16 @@ Left out: keeping a prompt's keys and values beyond its group (a prompt comes on
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
 
 from opentao.engines.batch import Block, ContinuousBatch, Decoder, Stream
-from opentao.engines.memory import cache_token_bytes, free_bytes
+from opentao.engines.memory import cache_token_bytes, default_rows, free_bytes
 from opentao.engines.plain import PlainDecoder
 from opentao.engines.pool import pool_width
 from opentao.engines.precision import load_sampler
@@ -28,9 +29,13 @@ from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt
 from opentao.rows import MIN_PREFIX, common_prefix
 from opentao.types import Failure, Group, Prompt, Response, RolloutDtype, SamplingPlan, Strategy, response_id
 
+if TYPE_CHECKING:
+    from opentao.engines.captured import CapturedDecoder
+
 MAX_TAIL = 32  # tokens by which strategies of a group may differ and still share their prompt's prefix
 MIN_ROOT_SHARE = 0.1  # of the longest prompt, from which a common start is worth the mask that its attention needs
 MEMORY_SHARE = 0.5  # of free memory, for keys and values
+PREFILL_TOKENS, GPU_PREFILL_TOKENS = 2048, 16_384
 
 
 @dataclass(slots=True, eq=False)
@@ -50,24 +55,28 @@ class GroupEngine:
     """In-process engine for transformers models.
 
     Args:
-        batch_responses: responses decoded side by side, at most.
-        prefill_tokens: prompt tokens computed in one forward pass, about.
+        batch_responses: responses decoded side by side, at most; None: 256, on a GPU 1,024.
+        prefill_tokens: prompt tokens computed in one forward pass, about; None: 2,048, on a GPU 16,384.
         cache_tokens: tokens for which keys and values may be kept; None: as many as half of free memory holds.
         ignore_end: go on to `max_new_tokens` whatever is drawn (for benchmarks of equal work).
+        paged: decode with pages of keys and values and captured graphs (needs Triton); None: on a GPU that has it.
     """
 
     def __init__(
         self,
         *,
-        batch_responses: int = 256,
-        prefill_tokens: int = 2048,
+        batch_responses: int | None = None,
+        prefill_tokens: int | None = None,
         cache_tokens: int | None = None,
         ignore_end: bool = False,
+        paged: bool | None = None,
     ) -> None:
         self.batch_responses = batch_responses
         self.prefill_tokens = prefill_tokens
         self.cache_tokens = cache_tokens
         self.ignore_end = ignore_end
+        self.paged = paged
+        self.captured: CapturedDecoder | None = None  # kept for the next call, with its graphs
         self.loaded: LoadedPolicy | None = None
         self.dtype: RolloutDtype = "auto"  # of the loaded weights
         self.on_progress: Callable[[float, int], None] = lambda groups, tokens: None  # see `ReportingEngine`
@@ -77,8 +86,12 @@ class GroupEngine:
             self._load(policy, self.dtype)
 
     def _load(self, policy: Policy, dtype: RolloutDtype) -> None:
-        self.loaded = None  # frees the old weights before the new ones come
+        self.release()  # frees the old weights before the new ones come
         self.loaded, self.dtype = load_sampler(policy, dtype), dtype
+
+    def release(self) -> None:
+        """Give back the memory of weights, graphs, keys and values; `load` brings the weights again."""
+        self.loaded = self.captured = None
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
@@ -132,29 +145,59 @@ class GroupEngine:
 
     def _decoder(self, blocks: Sequence[Block], plan: SamplingPlan) -> Decoder:
         """As many rows as are asked for, as there are streams, and as the budget of keys and values has room for."""
-        model = self._policy().model
-        budget = self.cache_tokens or int(MEMORY_SHARE * free_bytes(self._policy().device)) // cache_token_bytes(model)
-        most = min(self.batch_responses, sum(len(b.streams) for b in blocks))
-        longest = max(len(b.tokens_P) for b in blocks)
+        model, device = self._policy().model, self._policy().device
+        kept = self.captured.cache.num_bytes if self.captured else 0
+        budget = self.cache_tokens or int(MEMORY_SHARE * (free_bytes(device) + kept)) // cache_token_bytes(model)
+        most = min(self.batch_responses or default_rows(device), sum(len(b.streams) for b in blocks))
+        prompts = [b.tokens_P for b in blocks]
+        longest = max(map(len, prompts))
         own = plan.max_new_tokens + max(len(s.tail) for b in blocks for s in b.streams)
         if not self._shares(longest, plan):
             return PlainDecoder(model, max(1, min(most, budget // (longest + own))))
         # What all prompts start with is computed once; each keeps a token of its own, which gives its logits.
-        prompts = [b.tokens_P for b in blocks]
         root = min(common_prefix(prompts), min(map(len, prompts)) - 1) if len(blocks) > 1 else 0
         root = root if root >= max(MIN_PREFIX, MIN_ROOT_SHARE * longest) else 0
         share = min(len(b.streams) for b in blocks)
-        kept = longest - (root if root >= ROOT_APART else 0)
-        rows = budget // (own + -(-pool_width(kept) // share))
-        rows = max(1, min(most, rows))
+        if _pages(device) if self.paged is None else self.paged:
+            return self._captured(blocks, root=root, own=own, most=most, budget=budget)
+        kept_tokens = pool_width(longest - (root if root >= ROOT_APART else 0))
+        rows = max(1, min(most, budget // (own + -(-kept_tokens // share))))
         return SharedDecoder(
             model,
             rows=rows,
             own_tokens=own,
             root=prompts[0][:root],
             prompt_tokens=budget - rows * own,
-            prefill_tokens=self.prefill_tokens,
+            prefill_tokens=self.prefill_tokens or PREFILL_TOKENS,
         )
+
+    def _captured(self, blocks: Sequence[Block], *, root: int, own: int, most: int, budget: int) -> Decoder:
+        """The decoder of the call before, if there is room in it; so its graphs serve again."""
+        from opentao.engines.captured import CapturedDecoder, Room, pages_for  # needs Triton
+        from opentao.engines.paged_attention import PAGE
+
+        model = self._policy().model
+        lengths = [len(b.tokens_P) for b in blocks]
+        streams = [len(b.streams) for b in blocks]
+        kept_tokens = PAGE * (pages_for(max(lengths)) - root // PAGE)
+        rows = max(1, min(most, budget // (own + -(-kept_tokens // min(streams)))))
+        room = Room.needed(
+            model,
+            rows=rows,
+            own_tokens=own,
+            group_size=max(streams),
+            prompts=lengths,
+            root=root,
+            budget=budget - rows * own,
+        )
+        if self.captured is None or self.captured.model is not model or not self.captured.room.holds(room):
+            self.captured = None
+            prefill_tokens = self.prefill_tokens or GPU_PREFILL_TOKENS
+            self.captured = CapturedDecoder(
+                model, room, prefill_tokens=prefill_tokens, capture=model.device.type == "cuda"
+            )
+        self.captured.begin(rows, blocks[0].tokens_P[:root])
+        return self.captured
 
     def _decode(self, pending: Sequence[Pending], plan: SamplingPlan) -> Iterator[Group]:
         blocks = [block for p in pending for block in p.blocks]
@@ -197,6 +240,11 @@ class GroupEngine:
             )
         plain = encode_prompt(loaded.tokenizer, prompt.messages, prompt.tools)
         return Group(prompt=prompt, prompt_tokens_P=tuple(plain), responses=tuple(responses))
+
+
+def _pages(device: torch.device) -> bool:
+    """True if a step can be captured here."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _caches_prompt(model: Any, length: int) -> bool:

@@ -11,6 +11,31 @@ CGROUP = Path("/sys/fs/cgroup")
 UNKNOWN = 2 << 30  # where the system does not tell, e.g. macOS: 2 GB
 
 
+ROWS, GPU_ROWS = 256, 1024  # of responses side by side: on a GPU a step of many costs little more than one of few
+
+
+def default_rows(device: torch.device) -> int:
+    """Responses decoded side by side where the config does not say."""
+    return GPU_ROWS if device.type == "cuda" else ROWS
+
+
+ROW_TOKENS, GPU_ROW_TOKENS = 2048, 8192
+KEPT = 24, 6  # numbers that the backward pass keeps of a token in a layer: of hidden, of intermediate size
+KEPT_BYTES = 4  # of each, about: some are bf16, some fp32
+ROW_SHARE = 0.5  # of a GPU's free memory, for the activations of a row
+
+
+def default_row_tokens(model: Any) -> int:
+    """A packed row's most tokens where the config does not say; on a GPU as many as its free memory holds, about."""
+    device = model.device
+    if device.type != "cuda":
+        return ROW_TOKENS
+    text = model.config.get_text_config()
+    wide = KEPT[0] * text.hidden_size + KEPT[1] * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    token_bytes = KEPT_BYTES * text.num_hidden_layers * wide
+    return max(ROW_TOKENS, min(GPU_ROW_TOKENS, int(ROW_SHARE * free_bytes(device)) // token_bytes))
+
+
 def cache_token_bytes(model: Any) -> int:
     """Bytes of the keys and values of one token, all layers."""
     text = model.config.get_text_config()

@@ -16,6 +16,7 @@ from opentao.policy import LoadedPolicy, Policy, default_device, default_dtype, 
 from opentao.types import RolloutDtype
 
 LEVELS = 127
+FEW_ROWS = 16
 
 
 class Int8Linear(nn.Module):
@@ -33,7 +34,10 @@ class Int8Linear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         step = flat.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LEVELS
         rounded = (flat / step).round_().to(torch.int8)
-        out = (torch._int_mm(rounded, self.weight.t()) * self.scale).mul_(step).to(x.dtype)
+        if x.device.type == "cuda" and len(flat) <= FEW_ROWS:  # which the product does not take there
+            rounded = torch.nn.functional.pad(rounded, (0, 0, 0, FEW_ROWS + 1 - len(flat)))
+        product = torch._int_mm(rounded, self.weight.t())[: len(flat)]
+        out = (product * self.scale).mul_(step).to(x.dtype)
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], -1)

@@ -30,7 +30,7 @@ class RewardModelScorer:
         squash: bool = False,
         pessimism: float = 0.0,
         instruction: str = "",
-        row_tokens: int = 2048,
+        row_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if not 0 <= pessimism < math.inf:

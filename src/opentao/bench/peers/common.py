@@ -37,11 +37,23 @@ def read_case() -> dict[str, Any]:
 def serve(answers: Answers, work: Callable[[], int], **about: Any) -> None:
     """Say what this is, then do `work` whenever asked; it returns the number of tokens that it made or computed."""
     answers.say(ready=True, **about)
+    cuda = _cuda()
     for line in sys.stdin:
         if line.strip() == "go":
+            if cuda:
+                cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             tokens = work()
-            answers.say(seconds=time.perf_counter() - start, tokens=tokens)
+            if cuda:
+                cuda.synchronize()
+            seconds = time.perf_counter() - start
+            answers.say(seconds=seconds, tokens=tokens, gpu_peak_bytes=cuda.max_memory_allocated() if cuda else 0)
+
+
+def _cuda() -> Any:
+    """torch.cuda, if this process computes on a GPU with it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def guarded(main: Callable[[Answers], None]) -> None:

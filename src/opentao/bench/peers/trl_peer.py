@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
+log = logging.getLogger(__name__)
+
 
 def main(answers: Answers) -> None:
     case = read_case()
@@ -25,18 +29,37 @@ def main(answers: Answers) -> None:
 
 
 def choose(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
-    """The micro-batch size that is fastest on one step; a size that the options name is taken as it is."""
+    """The fastest on one step of: micro-batch sizes, and on a GPU Liger's kernels; a size in the options is taken."""
     make = reward_step_of if case["kind"] == "reward-train" else step_of
-    works = {size: make(case, size) for size in sizes_of(case)}
-    times = {}
-    for size, work in works.items():
-        work()
-        start = time.perf_counter()
-        work()
-        times[size] = time.perf_counter() - start
-    best = min(times, key=lambda size: times[size])
+    times, works = {}, {}
+    for size, liger in [(size, liger) for size in sizes_of(case) for liger in kernels(case)]:
+        try:
+            works[size, liger] = work = make(case, size, liger)
+            work()
+            start = time.perf_counter()
+            work()
+            synchronise()
+            times[size, liger] = time.perf_counter() - start
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            if not torch.cuda.is_available():
+                raise
+            log.warning(f"micro-batches of {size}, Liger {liger}: {error}")  # memory, most likely
+            works.pop((size, liger), None)
+            torch.cuda.empty_cache()
+    size, liger = min(times, key=lambda choice: times[choice])
     kind = "LoRA" if case["lora"] else "full"
-    return works[best], f"{case['dtype']}, {kind}, micro-batches of {best}"
+    return works[size, liger], f"{case['dtype']}, {kind}, micro-batches of {size}{', Liger' if liger else ''}"
+
+
+def kernels(case: dict[str, Any]) -> list[bool]:
+    """With Liger's kernels too, where they can run."""
+    able = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+    return [False, True] if able else [False]
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def sizes_of(case: dict[str, Any]) -> list[int]:
@@ -45,10 +68,12 @@ def sizes_of(case: dict[str, Any]) -> list[int]:
     if case["kind"] == "reward-train":  # pairs: all at once, or half of them
         pairs = len(case["prompt_ids"])
         return sorted({n for n in (pairs, pairs // 2, 1) if n and pairs % n == 0 and n <= 8})
+    if torch.cuda.is_available():  # room for more: up to all at once
+        return sorted({case["group_size"], len(case["prompt_ids"]) * case["group_size"]})
     return [case["group_size"] // 2, case["group_size"]]
 
 
-def step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
+def step_of(case: dict[str, Any], micro_batch: int, liger: bool = False) -> Callable[[], int]:
     """One optimiser step over all groups, by the trainer's own code."""
     groups, size = len(case["prompt_ids"]), case["group_size"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(case["model"], padding_side="left")
@@ -65,6 +90,7 @@ def step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
         generation_kwargs={"min_new_tokens": case["new_tokens"]},
         use_cpu=cpu,
         bf16=case["dtype"] == "bfloat16",
+        use_liger_kernel=liger,
         beta=0.0,
         learning_rate=1e-6,
         report_to=[],
@@ -122,7 +148,7 @@ def given_batch(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def reward_step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
+def reward_step_of(case: dict[str, Any], micro_batch: int, liger: bool = False) -> Callable[[], int]:
     """One Bradley-Terry step on the best and the worst response of each group."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         case["options"]["classifier"], dtype=torch.float32
@@ -140,6 +166,7 @@ def reward_step_of(case: dict[str, Any], micro_batch: int) -> Callable[[], int]:
         max_length=None,
         use_cpu=not torch.cuda.is_available(),
         bf16=case["dtype"] == "bfloat16",
+        use_liger_kernel=liger,
         learning_rate=1e-6,
         report_to=[],
         save_strategy="no",

@@ -1,0 +1,52 @@
+"""Liger's Triton kernels (norms, rotary embedding, gated MLP, log-probs) in a model on a GPU, if they are installed.
+
+Optional: ``pip install opentao[gpu]``. The environment's OPENTAO_LIGER=0 leaves them out. What they gain is measured by
+`benchmarks/gpu.py` (dev/LOG.md has the figures).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
+
+
+def uses_liger(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("OPENTAO_LIGER") != "0" and _installed()
+
+
+def patch(model: Any) -> bool:
+    """Put Liger's kernels into a causal LM on a GPU whose family it knows, before any adapter. True if it did.
+
+    The head and the loss stay ours: `opentao.pack` needs one log-prob a token. Wherever the kernels differ from
+    transformers' own layers, the self-check of packing would say so.
+    """
+    if not uses_liger(next(model.parameters()).device):
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        log.info("Liger has no kernels for %s", model.config.model_type)
+        return False
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax of logits [T, V] at targets [T], in fp32; the gradient overwrites the logits."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    loss: Tensor = liger_cross_entropy(logits, targets, reduction="none")
+    return -loss.float()
