@@ -244,6 +244,20 @@ def test_clusters_of_one_prompt_each_change_nothing(values: list[float]) -> None
     assert str(plain) == str(own)  # NaN is not equal to itself
 
 
+@given(
+    st.lists(st.tuples(st.floats(-10, 10), st.integers(0, 4)), min_size=2, max_size=30),
+    st.booleans(),
+)
+def test_means_drawn_at_once_are_those_drawn_one_by_one(rows: list[tuple[float, int]], clustered: bool) -> None:
+    values, clusters = [value for value, _ in rows], [cluster for _, cluster in rows] if clustered else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opentao.bestofn.AT_ONCE", 100)  # several pieces
+        fast = bootstrap(values, clusters=clusters, resamples=99)
+    slow = bootstrap(values, lambda own: float(np.mean(own)), clusters=clusters, resamples=99)
+    assert (fast.n, fast.mean) == (slow.n, slow.mean)
+    np.testing.assert_allclose((fast.low, fast.high), (slow.low, slow.high), atol=1e-9)
+
+
 def test_prompts_of_one_cluster_are_drawn_together() -> None:
     """Ten databases of ten equal prompts each say as much as ten prompts."""
     rng = np.random.default_rng(0)

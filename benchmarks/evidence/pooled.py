@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from lab import Facts
@@ -58,5 +59,10 @@ def _by_prompt(cells: Sequence[Facts], side: str, what: str, task: str | None) -
 
 
 def _interval(by_prompt: dict[str, tuple[float, str]]) -> Interval:
-    values = [value for value, _ in by_prompt.values()]
-    return bootstrap(values, clusters=[of for _, of in by_prompt.values()])
+    return _bootstrap(tuple(by_prompt.values()))
+
+
+@cache
+def _bootstrap(values: tuple[tuple[float, str], ...]) -> Interval:
+    """Several tables and pages show the same interval."""
+    return bootstrap([value for value, _ in values], clusters=[of for _, of in values])
