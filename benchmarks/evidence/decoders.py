@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PIECES = Regex(r"\d| ?[^\W\d]+|\s+|[^\w\s]")  # digits one by one, or nothing can be worked out with them
-SIZES = {"1M": (128, 4), "3M": (192, 6), "10M": (320, 8)}  # hidden size, layers
+SIZES = {"1M": (128, 4), "3M": (192, 6)}  # hidden size, layers
 EXAMPLES = 60_000
 BATCH = 64
 RATE = 2e-3

@@ -8,7 +8,7 @@ import small
 from decoders import SIZES
 from lab import SEEDS, Facts, Lab
 
-RATES = {"1M": 1e-3, "3M": 1e-3, "10M": 5e-4, "135M": 2e-4}
+RATES = {"1M": 1e-3, "3M": 1e-3, "135M": 2e-4}
 
 
 def measure(lab: Lab, train: Facts | None = None) -> None:
