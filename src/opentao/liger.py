@@ -1,4 +1,4 @@
-"""Liger's Triton kernels (norms, rotary embedding, gated MLP, log-probs) in a model on a GPU, if they are installed.
+"""Liger's Triton kernels (norms, gated MLP, log-probs) in a model on a GPU, if they are installed.
 
 Optional: ``pip install opentao[gpu]``. The environment's OPENTAO_LIGER=0 leaves them out. What they gain is measured by
 `benchmarks/gpu.py` (dev/LOG.md has the figures).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from functools import cache
 from typing import Any
 
@@ -30,8 +31,8 @@ def uses_liger(device: torch.device) -> bool:
 def patch(model: Any) -> bool:
     """Put Liger's kernels into a causal LM on a GPU whose family it knows, before any adapter. True if it did.
 
-    The head and the loss stay ours: `opentao.pack` needs one log-prob a token. Wherever the kernels differ from
-    transformers' own layers, the self-check of packing would say so.
+    The head and the loss stay ours: `opentao.pack` needs one log-prob a token. So does the rotary embedding: Liger's is
+    compiled anew for every number of rows.
     """
     if not uses_liger(next(model.parameters()).device):
         return False
@@ -40,7 +41,15 @@ def patch(model: Any) -> bool:
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         log.info("Liger has no kernels for %s", model.config.model_type)
         return False
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    module = sys.modules[type(model).__module__]
+    names = dict(vars(module))
+    try:
+        _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+    except (TypeError, ValueError) as error:  # e.g. a classifier of a family of which it knows the decoder only
+        log.info("Liger cannot patch %s: %s", type(model).__name__, error)
+        return False
+    finally:
+        vars(module).update(names)  # it also changes the family for all models to come, on a CPU too
     return True
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from opentao import liger
 from opentao.engines.memory import default_row_tokens
 from opentao.errors import ModelError
-from opentao.packed_attention import FLEX_ATTENTION, PACKED_ATTENTION, flex_mask, row_layout
+from opentao.packed_attention import FLEX_ATTENTION, PACKED_ATTENTION, flex_mask, flex_takes, row_layout
 from opentao.policy import attention_of
 from opentao.rows import Row, Sequences, plain_rows, plan_rows, sharing_pays
 
@@ -70,7 +70,7 @@ def hidden_states(model: Any, row: Row, attention: str | None = None) -> Tensor:
     if len(row.owners) == 1:
         hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
         return hidden[0]
-    attention = attention or (GPU_ATTENTION if device.type == "cuda" else PACKED_ATTENTION)
+    attention = attention or (GPU_ATTENTION if device.type == "cuda" and flex_takes(model) else PACKED_ATTENTION)
     if attention == FLEX_ATTENTION:
         visible: dict[str, Any] = {"flex_mask": flex_mask(row, device)}
     else:

@@ -21,6 +21,8 @@ from opentao.errors import ModelError
 from opentao.rows import PREFIX, Row
 
 SMALL_SCORES = 4_000_000  # entries
+FLEX_LEAST_HEAD = 16
+FLEX_VARIANTS = 64
 LONG_PROMPT = 256  # tokens from which responses look at their prompt apart
 
 
@@ -232,8 +234,18 @@ def flex_mask(row: Row, device: torch.device) -> BlockMask:
     return create_block_mask(sees, None, None, T, T, device=device.type)
 
 
+def flex_takes(model: Any) -> bool:
+    """False for heads narrower than its smallest product."""
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return bool(width >= FLEX_LEAST_HEAD)
+
+
 @cache
 def _compiled_flex() -> Any:
+    # Variants: with gradients or not, fp32 or bf16, short or long rows, each model's heads; past the limit it would
+    # run uncompiled, with a score matrix of the whole row.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_VARIANTS)
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -243,9 +255,12 @@ def _flex_attention(
     """q [1, H, T, D], k and v [1, Hk, T, D] -> [1, T, H, D]."""
     if "flex_mask" not in kwargs:
         raise ModelError(f"{module.config.model_type}: does not hand arguments to its attention; it cannot be packed")
-    attend = _compiled_flex() if q.device.type == "cuda" else flex_attention  # slow, to compare with
+    cuda = q.device.type == "cuda"
+    attend = _compiled_flex() if cuda else flex_attention  # slow, to compare with
+    # The variant for decoding, which short rows would get, has no tile that fits some of them.
+    options = {"kernel_options": {"FORCE_USE_FLEX_ATTENTION": True}} if cuda else {}
     q, k = q.to(v.dtype), k.to(v.dtype)
-    out = attend(q, k, v, block_mask=kwargs["flex_mask"], scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    out = attend(q, k, v, block_mask=kwargs["flex_mask"], scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **options)
     return out.transpose(1, 2), None
 
 

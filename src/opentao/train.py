@@ -284,6 +284,9 @@ def _train_round(
         )
     run.write_json(f"round-{round_}/steps.json", checkpoint.key, [asdict(m) for m in history])
     run.commit(f"round-{round_}/policy", checkpoint.key, loaded.save)
+    del loaded
+    if torch.cuda.is_available():  # sampling is next
+        torch.cuda.empty_cache()
 
 
 def _mismatch(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example], key: str) -> None:

@@ -9,6 +9,7 @@ Left out: pages for own tokens (a slot has room for the longest answer), computi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from opentao.engines.paged_attention import PAGE, attend_own, attend_prompts, sl
 from opentao.engines.shared import run_prompts
 from opentao.pack import head_logits
 from opentao.policy import attention_of
+
+log = logging.getLogger(__name__)
 
 SPLIT_PAGES = 4  # of a prompt, that one program reads
 MOST_SPLITS = 8
@@ -103,6 +106,7 @@ class CapturedDecoder:
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.seen: set[Shape] = set()
         self.memory: Any = None  # of all graphs: only one of them runs at a time
+        self.logits_LV: Tensor | None = None  # where they leave their result
         self.begin(room.rows, [])
 
     def begin(self, rows: int, root: Sequence[int]) -> None:
@@ -199,25 +203,36 @@ class CapturedDecoder:
         elif self.capture and self.shape in self.seen:
             logits = self._capture(self.shape)
         else:
-            self.seen.add(self.shape)
-            logits = self._run(*self.shape)
+            logits = self._first(self.shape)
         return logits[: len(tokens_L)] if need_logits else None
 
-    def _capture(self, shape: Shape) -> Tensor:
-        """Record a step of this shape, and do it."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph, pool=self.memory):
+    def _first(self, shape: Shape) -> Tensor:
+        """A step one kernel at a time, which compiles what has to be, and shows whether it can be recorded."""
+        self.seen.add(shape)
+        if self.capture:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 logits = self._run(*shape)
-        except RuntimeError:  # the model does something that cannot be recorded: it waits for the GPU, say
-            self.capture = False
-            torch.cuda.synchronize()
-            return self._run(*shape)
+                if self.logits_LV is None:
+                    self.logits_LV = logits.new_empty(self.room.rows, logits.shape[1])
+                return logits
+            except RuntimeError as error:  # the model waits for the GPU; nothing of the step counts yet
+                log.warning("%s: steps are not captured: %s", self.model.config.model_type, error)
+                self.capture = False
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return self._run(*shape)
+
+    def _capture(self, shape: Shape) -> Tensor:
+        """Record a step of this shape, and do it. All graphs leave their logits in the same place."""
+        assert self.logits_LV is not None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
+            self.logits_LV[: shape[0]] = self._run(*shape)
         self.memory = graph.pool()
-        self.graphs[shape] = (graph, logits)
+        self.graphs[shape] = (graph, self.logits_LV)
         graph.replay()
-        return logits
+        return self.logits_LV
 
     def _run(self, rows: int, tiles: int) -> Tensor:
         cache = self.cache

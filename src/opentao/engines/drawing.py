@@ -84,12 +84,19 @@ def _inverse_cdf(mass_LV: Tensor, uniform_L: Tensor, width: int) -> Tensor:
     """
     blocks_LBW = mass_LV.view(len(mass_LV), -1, width)
     sums = blocks_LBW.sum(-1)
-    ends = sums.cumsum(-1)
+    ends = _cumulative(sums)
     place = _below(uniform_L[:, None] * ends[:, -1:], ends[:, -1:])
     block = torch.searchsorted(ends, place, right=True)
-    inside = blocks_LBW[torch.arange(len(mass_LV), device=mass_LV.device), block[:, 0]].cumsum(-1)
+    inside = blocks_LBW[torch.arange(len(mass_LV), device=mass_LV.device), block[:, 0]]
+    inside = _cumulative(inside)
     rest = _below(place - (ends - sums).gather(-1, block), inside[:, -1:])
     return block * width + torch.searchsorted(inside, rest, right=True)
+
+
+def _cumulative(mass: Tensor) -> Tensor:
+    """Running sums that never fall: on a GPU, parts are added in an order in which rounding can make them."""
+    sums = mass.cumsum(-1)
+    return sums.cummax(-1).values if sums.device.type == "cuda" else sums
 
 
 def _below(place: Tensor, end: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class GroupEngine:
     def release(self) -> None:
         """Give back the memory of weights, graphs, keys and values; `load` brings the weights again."""
         self.loaded = self.captured = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:

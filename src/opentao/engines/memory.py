@@ -46,8 +46,9 @@ def cache_token_bytes(model: Any) -> int:
 
 def free_bytes(device: torch.device, proc: Path = Path("/proc"), cgroup: Path = CGROUP) -> int:
     """Memory that can be taken without pushing anything out: of the GPU, or of the machine and its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch holds and does not use is free too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     known = [limit for limit in (_available(proc), _container(cgroup)) if limit is not None]
     return min(known, default=UNKNOWN)
 

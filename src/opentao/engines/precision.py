@@ -26,7 +26,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-12) / LEVELS
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        # A GPU multiplies whole eights.
+        self.padding = [-size % 8 if weight.device.type == "cuda" else 0 for size in weight.shape]
+        self.register_buffer("weight", nn.functional.pad(rounded, (0, self.padding[1], 0, self.padding[0])))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
@@ -34,9 +37,9 @@ class Int8Linear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         step = flat.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LEVELS
         rounded = (flat / step).round_().to(torch.int8)
-        if x.device.type == "cuda" and len(flat) <= FEW_ROWS:  # which the product does not take there
-            rounded = torch.nn.functional.pad(rounded, (0, 0, 0, FEW_ROWS + 1 - len(flat)))
-        product = torch._int_mm(rounded, self.weight.t())[: len(flat)]
+        if x.device.type == "cuda":  # which takes no few rows
+            rounded = nn.functional.pad(rounded, (0, self.padding[1], 0, max(0, FEW_ROWS + 1 - len(flat))))
+        product = torch._int_mm(rounded, self.weight.t())[: len(flat), : len(self.scale)]
         out = (product * self.scale).mul_(step).to(x.dtype)
         if self.bias is not None:
             out += self.bias

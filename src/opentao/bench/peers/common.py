@@ -41,6 +41,7 @@ def serve(answers: Answers, work: Callable[[], int], **about: Any) -> None:
     for line in sys.stdin:
         if line.strip() == "go":
             if cuda:
+                cuda.synchronize()
                 cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             tokens = work()

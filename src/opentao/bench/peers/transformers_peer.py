@@ -33,13 +33,20 @@ def fastest(choices: dict[str, Callable[[], Any]]) -> str:
     for name, attempt in choices.items():
         try:
             attempt()
+            synchronise()
             start = time.perf_counter()
             attempt()
+            synchronise()
             times[name] = time.perf_counter() - start
         except (RuntimeError, ValueError, NotImplementedError, MemoryError, AttributeError, ImportError) as error:
             log.warning(f"{name}: {error}")
             continue
     return min(times, key=lambda name: times[name])
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def device() -> str:
@@ -101,11 +108,15 @@ def on_gpu(model: Any, case: dict[str, Any], run: Callable[..., int]) -> tuple[C
             top_k=0,
             top_p=1.0,
             max_new_tokens=new,
-            num_return_sequences=group_size,
             eos_token_id=-1,  # none: as long as all others'
             pad_token_id=0,
         )
-        out = model.generate_batch(case["prompt_ids"], generation_config=config, persistent_manager=True)
+        # A prompt again for every answer: of several answers to one request only the first is returned.
+        prompts = [prompt for prompt in case["prompt_ids"] for _ in range(group_size)]
+        half = transformers.ContinuousBatchingConfig(max_memory_percent=0.5)  # others wait on the same device
+        out = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=half, persistent_manager=True
+        )
         made = sum(len(answer.generated_tokens) for answer in out.values())
         if made != len(case["prompt_ids"]) * group_size * new:
             raise ValueError(f"continuous batching made {made} tokens")
@@ -113,6 +124,9 @@ def on_gpu(model: Any, case: dict[str, Any], run: Callable[..., int]) -> tuple[C
 
     works = {"dynamic cache": plain, "continuous batching": continuous}
     best = fastest(works)
+    if best != "continuous batching" and hasattr(model, "destroy_cached_continuous_batching_manager"):
+        model.destroy_cached_continuous_batching_manager()  # which holds its share of the memory
+        torch.cuda.empty_cache()
     return works[best], f"{case['dtype']}, all at once, {best}"
 
 

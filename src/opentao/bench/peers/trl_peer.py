@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
 import logging
 import tempfile
 import time
@@ -32,10 +34,11 @@ def choose(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
     """The fastest on one step of: micro-batch sizes, and on a GPU Liger's kernels; a size in the options is taken."""
     make = reward_step_of if case["kind"] == "reward-train" else step_of
     times, works = {}, {}
-    for size, liger in [(size, liger) for size in sizes_of(case) for liger in kernels(case)]:
+    for liger, size in itertools.product(kernels(), sizes_of(case)):  # Liger last: it stays in the process
         try:
             works[size, liger] = work = make(case, size, liger)
             work()
+            synchronise()
             start = time.perf_counter()
             work()
             synchronise()
@@ -47,11 +50,24 @@ def choose(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
             works.pop((size, liger), None)
             torch.cuda.empty_cache()
     size, liger = min(times, key=lambda choice: times[choice])
+    best = works[size, liger]
+    works.clear()  # the others give their memory back
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     kind = "LoRA" if case["lora"] else "full"
-    return works[size, liger], f"{case['dtype']}, {kind}, micro-batches of {size}{', Liger' if liger else ''}"
+    return best, f"{case['dtype']}, {kind}, micro-batches of {size}{', Liger' if liger else ''}"
 
 
-def kernels(case: dict[str, Any]) -> list[bool]:
+def with_kernels(trainer: Any, liger: bool) -> None:
+    """What the trainer does at the start of `train()`, which is not called here."""
+    if liger:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(trainer.model, {"fused_linear_cross_entropy": False})
+
+
+def kernels() -> list[bool]:
     """With Liger's kernels too, where they can run."""
     able = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     return [False, True] if able else [False]
@@ -111,6 +127,7 @@ def step_of(case: dict[str, Any], micro_batch: int, liger: bool = False) -> Call
     if case["kind"] == "train":
         given = given_batch(case, trainer.accelerator.device)
         trainer._generate_and_score_completions = lambda inputs: dict(given)
+    with_kernels(trainer, liger)
     trainer.create_optimizer()
     model = trainer.accelerator.prepare(trainer.model)
     trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
@@ -174,7 +191,10 @@ def reward_step_of(case: dict[str, Any], micro_batch: int, liger: bool = False) 
         max_steps=10_000,
     )
     trainer = RewardTrainer(model, config, train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer)
+    with_kernels(trainer, liger)
     trainer.create_optimizer()
+    model = trainer.accelerator.prepare(trainer.model)  # brings autocast
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     examples = [{name: ids[i] for name, ids in pairs.items()} for i in range(count)]
 
