@@ -42,7 +42,7 @@ class Match:
 
 def matches(lab: Lab) -> tuple[Match, ...]:
     """Short prompts: the small tasks, asked of the 135M model; long ones: a recipe by its verifier alone."""
-    grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 2e-5, "lora": False}
+    grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 1e-4, "lora": False}
     short: Facts = {"scorers": small.EXACT, "train.learning_rate": sizes.RATES["135M"]}
     queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite"}}]
     return (
@@ -51,8 +51,8 @@ def matches(lab: Lab) -> tuple[Match, ...]:
             folder=small.folder(lab, "135M"),
             settings=short,
             rounds=2,
-            times=3.0,
-            theirs=grpo | {"micro_batch": 32},
+            times=6.0,
+            theirs=grpo,
         ),
         Match(
             name="text_to_sql",
