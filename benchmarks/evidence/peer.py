@@ -1,7 +1,7 @@
 """Against TRL's GRPOTrainer: held-out first try against wall-clock minutes, same model, prompts, reward and machine.
 
-Ours is timed as a user runs it, one process a stage with its start and its loading of weights; TRL in one process, from
-its first step on. Judging does not count for either. TRL is given `times` as many seconds as ours took to reach the
+Both in one process, from the first round or step on, with what they load and save on the way (TRL's saving of policies
+to be judged does not count). Judging counts for neither. TRL is given `times` as many seconds as ours took to reach the
 base's best of 8 (in all, if it did not): what it has not reached by then, it does not reach in less than that.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import sizes
 import small
 import yaml
-from lab import HERE, SEEDS, Facts, Lab, changes, tao
+from lab import HERE, SEEDS, Facts, Lab, changes, python, tao
 
 from opentao.models import resolve_model
 from opentao.prompts import read_prompts
@@ -88,22 +88,15 @@ def reached(points: list[Facts], level: float) -> float | None:
 
 
 def _ours(lab: Lab, match: Match, seed: int) -> Facts:
+    """From nothing: a round that was there already would take no time."""
     directory = lab.work / "peer" / match.name / f"opentao-{seed}"
-    given = [f"--set={c}" for c in changes(match.settings | {"seed": seed, "rounds": match.rounds})]
-    stage = ["tao.yaml", "--run", str(directory), *given]
-    tao("predict", *stage, cwd=match.folder)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    given = changes(match.settings | {"seed": seed, "rounds": match.rounds})
+    out = directory.with_name(f"opentao-{seed}.jsonl")
+    python(HERE / "timed_run.py", "tao.yaml", str(directory), str(out), *given, cwd=match.folder)
     base = json.loads((directory / "round-0" / "eval.json").read_text())
-    points: list[Facts] = [{"seconds": 0.0, "first_try": base["first_try"]}]
-    seconds = 0.0
-    for round_ in range(1, match.rounds + 1):
-        start = time.perf_counter()
-        for command in ("generate", "score", "train"):
-            tao(command, *stage, "--round", str(round_), cwd=match.folder)
-        seconds += time.perf_counter() - start
-        tao("evaluate", *stage, "--round", str(round_), cwd=match.folder)
-        after = json.loads((directory / f"round-{round_}" / "eval.json").read_text())
-        points.append({"seconds": round(seconds, 1), "first_try": after["first_try"]})
-    return {"points": points, "best_of": base["best_of"]}
+    return {"points": [json.loads(line) for line in out.read_text().splitlines()], "best_of": base["best_of"]}
 
 
 def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
