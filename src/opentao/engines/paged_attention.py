@@ -108,6 +108,18 @@ def _precision(k: Tensor) -> str:
 
 
 @triton.jit
+def _look(q, k, v, seen, peak, total, mixed, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Attention over one more block of keys, of which those in `seen` count: the running peak, sum and mix after it."""
+    scores = tl.where(seen[None], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+    top = tl.maximum(peak, tl.max(scores, 1))
+    probs = tl.exp(scores - top[:, None])
+    shrink = tl.exp(peak - top)
+    total = total * shrink + tl.sum(probs, 1)
+    mixed = mixed * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
+    return top, total, mixed
+
+
+@triton.jit
 def _prompts(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, tiles_ptr, peak_ptr, total_ptr, mixed_ptr, scaling,
     q_row, q_head, table_row, H, Hk,
@@ -139,14 +151,7 @@ def _prompts(  # type: ignore[no-untyped-def]
         seen = i * PAGE + n < length
         k = tl.load(k_ptr + (page * PAGE + n)[:, None] * D + d[None], mask=seen[:, None] & (d < D)[None], other=0.0)
         v = tl.load(v_ptr + (page * PAGE + n)[:, None] * DV + dv[None], mask=seen[:, None] & (dv < DV)[None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(seen[None], scores, float("-inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        probs = tl.exp(scores - top[:, None])
-        shrink = tl.exp(peak - top)
-        total = total * shrink + tl.sum(probs, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
-        peak = top
+        peak, total, mixed = _look(q, k, v, seen, peak, total, mixed, PRECISION)
     part = (row.to(tl.int64) * H + query) * SPLITS + split
     tl.store(peak_ptr + part, peak, mask=real)
     tl.store(total_ptr + part, total, mask=real)
@@ -186,14 +191,7 @@ def _own(  # type: ignore[no-untyped-def]
         seen = start + n < length
         k = tl.load(kept_k + (start + n)[:, None] * D + d[None], mask=seen[:, None] & (d < D)[None], other=0.0)
         v = tl.load(kept_v + (start + n)[:, None] * DV + dv[None], mask=seen[:, None] & (dv < DV)[None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(seen[None], scores, float("-inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        probs = tl.exp(scores - top[:, None])
-        shrink = tl.exp(peak - top)
-        total = total * shrink + tl.sum(probs, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
-        peak = top
+        peak, total, mixed = _look(q, k, v, seen, peak, total, mixed, PRECISION)
     for split in range(SPLITS):
         part = (row * H + query) * SPLITS + split
         other = tl.load(peak_ptr + part, mask=real, other=float("-inf"))
