@@ -25,6 +25,10 @@ Head = Literal["guided", "random"]
 LabelKind = Literal["pair", "rank", "mark"]
 Objective = Literal["regress", "distill", "online", "prefer"]
 
+# Where the config does not say. On a GPU a step of many responses costs little more than one of few.
+ROWS, GPU_ROWS = 256, 1024
+ROW_TOKENS, GPU_ROW_TOKENS = 2048, 8192
+
 
 class Node(BaseModel):
     """A piece of the tree: immutable, unknown keys are errors."""

@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opentao.config import Config
+from opentao.config import ROW_TOKENS, ROWS, Config  # a GPU takes more if it has room, never less
 from opentao.errors import DataError
 from opentao.types import Prompt, SamplingPlan
-
-ROWS, ROW_TOKENS = 256, 2048  # where the config does not say; a GPU takes more if it has room, never less
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from opentao.config import GPU_ROW_TOKENS, GPU_ROWS, ROW_TOKENS, ROWS
+
 CGROUP = Path("/sys/fs/cgroup")
 UNKNOWN = 2 << 30  # where the system does not tell, e.g. macOS: 2 GB
-
-
-ROWS, GPU_ROWS = 256, 1024  # of responses side by side: on a GPU a step of many costs little more than one of few
 
 
 def default_rows(device: torch.device) -> int:
@@ -19,7 +18,6 @@ def default_rows(device: torch.device) -> int:
     return GPU_ROWS if device.type == "cuda" else ROWS
 
 
-ROW_TOKENS, GPU_ROW_TOKENS = 2048, 8192
 KEPT = 24, 6  # numbers that the backward pass keeps of a token in a layer: of hidden, of intermediate size
 KEPT_BYTES = 4  # of each, about: some are bf16, some fp32
 ROW_SHARE = 0.5  # of a GPU's free memory, for the activations of a row
