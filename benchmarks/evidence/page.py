@@ -46,6 +46,7 @@ def sections(lab: Lab) -> list[str]:
         "peer": peer,
         "general text": general,
         "other tasks": others,
+        "inference cost": inference,
     }
     found = [line for name, write in parts.items() if (cells := lab.kept(name)) for line in write(cells, lab)]
     shown = [f"![{name}](../docs/pictures/{name}.svg)\n" for name in parts if (PICTURES / f"{name}.svg").exists()]
@@ -303,6 +304,24 @@ def others(cells: Cells, lab: Lab) -> Iterator[str]:
     for name, facts in cells.items():
         sides = (number(Interval(**facts[side])) for side in ("before", "after"))
         yield _row(*name.split("/"), *sides, signed(Interval(**facts["change"])))
+    yield ""
+
+
+def inference(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Nothing else broken: the cost of an answer", "")
+    yield from ("Held-out prompts, one answer each, base and tuned policy in turns on the same machine.", "")
+    yield from _head(
+        "trained on", "tokens an answer before", "after", "tokens/s before", "after", "answers/s before", "after"
+    )
+    for name, facts in cells.items():
+        sides = [facts["before"], facts["after"]]
+        tokens = (Interval(**side["tokens"]) for side in sides)
+        yield _row(
+            name,
+            *(f"{i.mean:.1f} ({i.low:.1f} to {i.high:.1f})" for i in tokens),
+            *(f"{side['tokens_per_second']:.0f}" for side in sides),
+            *(f"{side['answers_per_second']:.2f}" for side in sides),
+        )
     yield ""
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lab import Facts, Lab, changes, first_tries, summary_of, tao
+from lab import HERE, Facts, Lab, changes, first_tries, summary_of, tao
 
 from opentao.bestofn import bootstrap, paired_difference
 
@@ -34,12 +34,29 @@ def measure(lab: Lab, names: Sequence[str]) -> None:
         if not (run / "summary.json").exists() or (policy := summary_of(run)["policy"]) is None:
             continue  # nothing was kept, so nothing can be broken
         where = str(run / policy)
+        lab.cell("inference cost", trained, lambda d=run: _cost(d))
         lab.cell("general text", trained, lambda p=where: _perplexity(lab, p))
         for other in names:
             if other not in (trained, "support_triage") and f"{other}/0" in lab.kept(
                 "recipes"
             ):  # the demo has no folder
                 lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p))
+
+
+def _cost(run: Path) -> Facts:
+    """Tokens an answer with an interval over prompts; tokens a second of all passes, answers a second at the median."""
+    command = [sys.executable, str(HERE / "inference_cost.py"), str(run)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    passes, prompts = found["passes"], len(found["before"]["tokens"])
+    return {
+        side: {
+            "tokens": vars_of(bootstrap(np.array(found[side]["tokens"]) / passes)),
+            "tokens_per_second": round(sum(found[side]["tokens"]) / sum(found[side]["seconds"]), 1),
+            "answers_per_second": round(prompts / float(np.median(found[side]["seconds"])), 3),
+            "seconds": found[side]["seconds"],
+        }
+        for side in ("before", "after")
+    }
 
 
 def _perplexity(lab: Lab, policy: str) -> Facts:
