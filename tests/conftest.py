@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny import build_tiny_model
 
 from opentao.errors import ModelError
@@ -15,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of two processes has one core, and so has what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+settings.register_profile("any speed", deadline=None)  # a busy machine is no failure
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session")
