@@ -57,7 +57,7 @@ def matches(lab: Lab) -> tuple[Match, ...]:
         Match(
             name="text_to_sql",
             folder=lab.folder("text_to_sql"),
-            settings={"scorers": queries},
+            settings={"scorers": queries, "prompts_per_round": 96},  # rounds as short as those of the small tasks
             rounds=2,
             times=6.0,
             theirs=grpo,
