@@ -145,6 +145,55 @@ class TestSet:
         assert expected in complaint(config_file, GOOD, override)
 
 
+class TestLaterRounds:
+    LATER = "later_rounds:\n  train: {objective: online, epochs: 1}\n  generate: {max_new_tokens: 9}\n"
+
+    def test_differ_in_what_they_name(self, config_file: Path) -> None:
+        config_file.write_text(GOOD + self.LATER)
+        config = load_config(config_file)
+        assert config.of_round(0) is config.of_round(1) is config
+        later = config.of_round(2)
+        assert later == config.of_round(3)
+        assert (later.train.objective, later.train.epochs, later.generate.max_new_tokens) == ("online", 1, 9)
+        same = {"train": config.train, "generate": config.generate, "later_rounds": config.later_rounds}
+        assert later.model_copy(update=same) == config
+
+    def test_without_any_all_rounds_are_alike(self, config_file: Path) -> None:
+        config = load_config(config_file)
+        assert config.of_round(2) is config
+
+    @pytest.mark.parametrize(
+        ("old", "new", "expected"),
+        [
+            (
+                "epochs: 1",
+                "epoch: 1",
+                "tao.yaml:14: later_rounds.train.epoch: unknown key; expected one of: objective,",
+            ),
+            ("epochs: 1", "epochs: 0", "tao.yaml:14: later_rounds.train.epochs: Input should be greater than or equal"),
+            (
+                "9}",
+                "9, top_k: 3}",
+                "tao.yaml:14: later_rounds.train.objective: importance weights of online need top_p 1",
+            ),
+            ("epochs: 1", "method: lora", "tao.yaml:14: later_rounds.train: `method` and `lora` are those of `train`"),
+            (
+                "  train: ",
+                "  evaluate: ",
+                "tao.yaml:14: later_rounds.evaluate: unknown key; expected one of: generate, train",
+            ),
+            (
+                "  train: {objective: online, epochs: 1}",
+                "  train: 3",
+                "tao.yaml:14: later_rounds.train: Input should be a",
+            ),
+        ],
+    )
+    def test_mistakes(self, config_file: Path, old: str, new: str, expected: str) -> None:
+        assert old in self.LATER
+        assert expected in complaint(config_file, GOOD + self.LATER.replace(old, new))
+
+
 class TestChecksOverSeveralKeys:
     def test_audit_that_is_also_a_scorer(self, config_file: Path) -> None:
         audit = "audit:\n  type: length\n  name: another name\n  args: {max: 20}\n"

@@ -43,6 +43,15 @@ def test_tokens_by_hand() -> None:
     assert stages["evaluate"] == Stage(forward=10 * (5 * 5 + 2 * 2 * 15), decode=10 * (8 + 2 * 3) * 10)
 
 
+def test_later_rounds_by_hand() -> None:
+    """The first round as above with distill (2 of 4 responses, twice); the second: 3 responses of 20, all, once."""
+    later = {"generate": {"group_size": 3, "max_new_tokens": 20}, "train": {"objective": "online", "epochs": 1}}
+    stages = count_tokens(config(train={"epochs": 2}, later_rounds=later), 100, 5.0)
+    assert stages["generate"] == Stage(forward=80 * 5, decode=40 * (4 * 10 + 3 * 20))
+    assert stages["train"] == Stage(train=40 * (2 * (5 + 2 * 10) + 5 + 3 * 20), steps=2 * 10 + 10)
+    assert stages["evaluate"] == count_tokens(config(), 100, 5.0)["evaluate"]
+
+
 def test_a_reward_model_reads_every_group() -> None:
     stages = count_tokens(config(scorers=[{"type": "reward_model"}]), 100, 5.0)
     assert stages["score"] == Stage(forward=80 * 45)

@@ -86,6 +86,32 @@ def means(value: Any, where: str = "") -> Iterator[tuple[str, Tree]]:
             yield from means(inner, f"{where}.{i}")
 
 
+def test_later_rounds_sample_and_train_otherwise(tree: Tree, tmp_path: Path) -> None:
+    """And only they are made again when that changes."""
+    shown = {"generate": tree["generate"] | {"strategies": [{"name": "start", "answer_prefix": "a"}]}, "rounds": 2}
+    train = {"objective": "online", "learning_rate": 1e-3, "epochs": 1}
+    tree |= shown | {"later_rounds": {"generate": {"group_size": 3, "strategies": [{"name": "plain"}]}, "train": train}}
+    case = go(tmp_path / "run", tree)
+    with Run(case.directory, read_only=True) as run:
+        first, second = (
+            [g for n in run.names(f"round-{k}/groups/") for g in table_to_groups(run.read_table(n))] for k in (1, 2)
+        )
+        steps = [len(run.read_json(f"round-{k}/steps.json")) for k in (1, 2)]
+    assert {(len(g.responses), r.strategy) for g in first for r in g.responses} == {(4, "start")}
+    assert {(len(g.responses), r.strategy) for g in second for r in g.responses} == {(3, "plain")}
+    informative = [r["train"]["informative"] for r in case.summary["rounds"]]
+    per_step = case.config.train.prompts_per_step
+    assert steps == [-(-informative[0] // per_step) * case.config.train.epochs, -(-informative[1] // per_step)]
+
+    changed = tree | {"later_rounds": tree["later_rounds"] | {"train": train | {"learning_rate": 2e-3}}}
+    before = case.files()
+    again = go(case.directory, changed)
+    remade = {name for name, file in again.files().items() if before.get(name) != file}
+    assert "round-2/policy/model.safetensors" in remade
+    assert all(name.startswith(("round-2/policy/", "round-2/eval/")) for name in remade)
+    assert again.summary["rounds"][0] == case.summary["rounds"][0]
+
+
 class TestWhatARunLeaves:
     def test_files(self, finished: Case) -> None:
         there = {str(p.relative_to(finished.directory)) for p in finished.directory.rglob("*") if p.is_file()}

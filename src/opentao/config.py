@@ -214,6 +214,13 @@ class EvaluateConfig(Node):
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
+class LaterRounds(Node):
+    """Keys of `generate` and `train` that have other values after the first round."""
+
+    generate: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
 class Config(Node):
     """Everything a run needs."""
 
@@ -228,6 +235,7 @@ class Config(Node):
     generate: GenerateConfig = GenerateConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    later_rounds: LaterRounds | None = Field(None, description="what rounds after the first do otherwise")
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -254,7 +262,25 @@ class Config(Node):
                 )
             if self.learner_temperature != self.generate.temperature:
                 raise ValueError("train.temperature: importance weights of online need that of generate.temperature")
+        try:
+            later = self.of_round(2).train
+        except ValidationError as error:
+            loc, message = _mistake(error, Config)
+            raise ValueError(f"later_rounds.{'.'.join(loc)}: {message}") from None
+        if (later.method, later.lora) != (self.train.method, self.train.lora):
+            raise ValueError(
+                "later_rounds.train: `method` and `lora` are those of `train`: rounds go on with its weights"
+            )
         return self
+
+    def of_round(self, round_: int) -> Config:
+        """The config by which a round samples and trains; held-out prompts are asked as the first round's says."""
+        if self.later_rounds is None or round_ < 2:
+            return self
+        tree = self.model_dump(mode="json", exclude={"later_rounds"})
+        for section, changes in self.later_rounds:
+            tree[section] |= changes
+        return Config.model_validate(tree)
 
     @property
     def learner_temperature(self) -> float:
@@ -338,7 +364,13 @@ def _item(items: list[Any], part: str, override: str) -> int:
 
 
 def _explain(error: ValidationError, path: str, root: yaml.Node | None, model: type[Node]) -> str:
-    """One line for the first mistake, with the number of the others."""
+    """One line with the place in the file."""
+    loc, message = _mistake(error, model)
+    return f"{path}:{_line(root, loc)}: {'.'.join(loc) or 'config'}: {message}"
+
+
+def _mistake(error: ValidationError, model: type[Node]) -> tuple[list[str], str]:
+    """Where the first mistake is, and what it is, with the number of the others."""
     first, *rest = error.errors(include_url=False)
     loc = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
@@ -351,8 +383,7 @@ def _explain(error: ValidationError, path: str, root: yaml.Node | None, model: t
         message = "is required"
     elif "input" in first and not isinstance(first["input"], dict | list):
         message += f", got {first['input']!r}"
-    more = f" (and {len(rest)} more)" if rest else ""
-    return f"{path}:{_line(root, loc)}: {'.'.join(loc) or 'config'}: {message}{more}"
+    return loc, message + (f" (and {len(rest)} more)" if rest else "")
 
 
 def _line(node: yaml.Node | None, loc: Sequence[str]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,23 +77,36 @@ def split_sizes(config: Config, num_prompts: int) -> tuple[int, int]:
 
 def count_tokens(config: Config, num_prompts: int, prompt_tokens: float) -> dict[str, Stage]:
     """Most tokens of each stage. `prompt_tokens` is the mean length P of a prompt; R is `max_new_tokens`."""
-    P, R = math.ceil(prompt_tokens), config.generate.max_new_tokens
+    P = math.ceil(prompt_tokens)
     heldout, per_round = split_sizes(config, num_prompts)
-    groups = config.rounds * per_round
-    packed = groups * (P + config.generate.group_size * R)
     judges = sum(scorer.type == "reward_model" for scorer in config.scorers)
+    rounds = [config.of_round(r) for r in range(1, config.rounds + 1)]
     return {
-        "generate": Stage(
-            forward=groups * len(config.generate.strategies) * P, decode=groups * config.generate.group_size * R
-        ),
-        "score": Stage(forward=judges * packed),
-        "train": _training(config, per_round, P, R),
-        "evaluate": _evaluation(config, heldout, P, R, judges),
+        "generate": _total(_sampling(c, per_round, P) for c in rounds),
+        "score": _total(Stage(forward=judges * per_round * (P + _sampled(c))) for c in rounds),
+        "train": _total(_training(c, per_round, P) for c in rounds),
+        "evaluate": _evaluation(config, heldout, P, config.generate.max_new_tokens, judges),
     }
 
 
-def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
-    """The responses that the objective chooses, of groups without ties; a group over a row is computed once more."""
+def _total(stages: Iterable[Stage]) -> Stage:
+    counts: Counter[str] = Counter()
+    for stage in stages:
+        counts.update(asdict(stage))
+    return Stage(**counts)
+
+
+def _sampled(config: Config) -> int:
+    """Most response tokens of a group."""
+    return config.generate.group_size * config.generate.max_new_tokens
+
+
+def _sampling(config: Config, groups: int, P: int) -> Stage:
+    return Stage(forward=groups * len(config.generate.strategies) * P, decode=groups * _sampled(config))
+
+
+def _training(config: Config, groups: int, P: int) -> Stage:
+    """A round's: responses that the objective chooses, of groups without ties; what is over a row is computed again."""
     import numpy as np
 
     from opentao.objectives import OBJECTIVES
@@ -101,13 +115,12 @@ def _training(config: Config, per_round: int, P: int, R: int) -> Stage:
     objective = OBJECTIVES[config.train.objective]
     row_tokens = config.train.row_tokens or ROW_TOKENS
     chosen = objective.choose(np.arange(config.generate.group_size, dtype=np.float64), config.train)
-    group = P + len(chosen) * R
-    tokens = config.rounds * per_round * group
+    group = P + len(chosen) * config.generate.max_new_tokens
     again = config.train.epochs if group > row_tokens else 0
     return Stage(
-        forward=(objective.needs_reference + again) * tokens,
-        train=config.train.epochs * tokens,
-        steps=config.rounds * num_steps(per_round, config.train.epochs, config.train.prompts_per_step),
+        forward=(objective.needs_reference + again) * groups * group,
+        train=config.train.epochs * groups * group,
+        steps=num_steps(groups, config.train.epochs, config.train.prompts_per_step),
     )
 
 
@@ -137,11 +150,12 @@ def estimate(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     probe = measure(loaded, config, prompts[0])
     stages = count_tokens(config, len(prompts), prompt_tokens)
     heldout, per_round = split_sizes(config, len(prompts))
+    peaks = [probe.peak_bytes(config.of_round(r)) for r in (1, config.rounds)]
     return {
         "prompts": {"total": len(prompts), "heldout": heldout, "per_round": per_round, "mean_tokens": prompt_tokens},
         "tokens": {name: asdict(stage) for name, stage in stages.items()},
         "minutes": {name: probe.seconds(stage) / 60 for name, stage in stages.items()},
-        "peak_memory_bytes": probe.peak_bytes(config),
+        "peak_memory_bytes": None if None in peaks else max(peaks),
         "measured": asdict(probe),
     }
 

@@ -82,6 +82,7 @@ def run(
 
 def sample_round(session: Session, round_: int, policy: Policy) -> list[str]:
     """Groups for a round's prompts from the newest policy; every round draws from streams of its own."""
+    session = session.of_round(round_)
     plan = session.config.generate.plan(int(content_hash(session.config.seed, round_), 16) % 2**31)
     prompts = session.prompts_of_round(round_)
     return generate(session, f"round-{round_}/groups", prompts, policy, plan, f"round {round_}: generate")

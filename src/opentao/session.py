@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +68,10 @@ class Session:
         return {
             what: {s: values.get(s, 0) - before.get(what, {}).get(s, 0) for s in stages} for what, values in now.items()
         }
+
+    def of_round(self, round_: int) -> Session:
+        """The same, with the config by which a round samples and trains."""
+        return replace(self, config=self.config.of_round(round_))
 
     def prompts_of_round(self, round_: int) -> list[Prompt]:
         """Round 1 starts at the first training prompt; rounds go on from there, around the end."""

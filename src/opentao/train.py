@@ -207,6 +207,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
 
     Without one informative group no step is taken and the policy stays. Returns the policy and facts for the summary.
     """
+    session = session.of_round(round_)
     run, config = session.run, session.config
     strategies = [s.build() for s in config.generate.strategies]
     examples = examples_of(groups, config.train, [s.name for s in strategies if s == Strategy(name=s.name)])
