@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from opentao.errors import ConfigError
 from opentao.types import RolloutDtype, SamplingPlan, Strategy, content_hash
+from opentao.yaml_tree import apply_override, line_of, read_yaml
 
 IDENTITY = {"reward_model": ("model",), "python": ("function",), "judge": ("url", "model")}  # args that say who judges
 
@@ -294,36 +295,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: file, line, key and what was expected.
     """
-    tree, root = _read_yaml(path)
+    tree, root = read_yaml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return _validated(Config, tree, path, root)
 
 
 def load_scorer(path: Path) -> ScorerConfig:
     """One scorer from a YAML file of its own, e.g. ``{type: judge, args: {url: …, model: …}}``; errors as above."""
-    tree, root = _read_yaml(path)
+    tree, root = read_yaml(path)
     return _validated(ScorerConfig, tree, path, root)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The file's keys and values, and its nodes, which know their lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, byte {error.start + 1} is not") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {_yaml_problem(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
-    return tree, root
 
 
 Tree = TypeVar("Tree", bound=Node)
@@ -336,37 +317,10 @@ def _validated(model: type[Tree], tree: dict[str, Any], path: Path, root: yaml.N
         raise ConfigError(_explain(error, str(path), root, model)) from error
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. train.epochs=2")
-    *parents, last = key.split(".")
-    node: Any = tree
-    for part in parents:
-        node = node[_item(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {part} is not a section")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {_yaml_problem(error)}") from error
-    node[_item(node, last, override) if isinstance(node, list) else last] = parsed
-
-
-def _item(items: list[Any], part: str, override: str) -> int:
-    if not (part.isdigit() and int(part) < len(items)):
-        raise ConfigError(f"--set {override}: {part}: expected an item of the list, 0 to {len(items) - 1}")
-    return int(part)
-
-
 def _explain(error: ValidationError, path: str, root: yaml.Node | None, model: type[Node]) -> str:
     """One line with the place in the file."""
     loc, message = _mistake(error, model)
-    return f"{path}:{_line(root, loc)}: {'.'.join(loc) or 'config'}: {message}"
+    return f"{path}:{line_of(root, loc)}: {'.'.join(loc) or 'config'}: {message}"
 
 
 def _mistake(error: ValidationError, model: type[Node]) -> tuple[list[str], str]:
@@ -384,22 +338,6 @@ def _mistake(error: ValidationError, model: type[Node]) -> tuple[list[str], str]
     elif "input" in first and not isinstance(first["input"], dict | list):
         message += f", got {first['input']!r}"
     return loc, message + (f" (and {len(rest)} more)" if rest else "")
-
-
-def _line(node: yaml.Node | None, loc: Sequence[str]) -> int:
-    """1-based line of the key at `loc`, or of its nearest parent that is in the file."""
-    line = 1 if node is None else node.start_mark.line + 1
-    for part in loc:
-        children: list[tuple[str, int, yaml.Node]] = []
-        if isinstance(node, yaml.MappingNode):
-            children = [(k.value, k.start_mark.line, v) for k, v in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            children = [(str(i), v.start_mark.line, v) for i, v in enumerate(node.value)]
-        found = next(((at, child) for name, at, child in children if name == part), None)
-        if found is None:
-            break
-        line, node = found[0] + 1, found[1]
-    return line
 
 
 def _known_keys(root: type[Node], loc: Sequence[str]) -> list[str]:

@@ -1,0 +1,75 @@
+"""A YAML file as a tree that knows its lines, and `--set` on it; `config.py` makes settings of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opentao.errors import ConfigError
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The file's keys and values, and its nodes, which know their lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, byte {error.start + 1} is not") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {_problem(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
+    return tree, root
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put ``a.b=value`` (the value is YAML) into the tree; sections that are not there are made."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. train.epochs=2")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[_item(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {part} is not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_problem(error)}") from error
+    node[_item(node, last, override) if isinstance(node, list) else last] = parsed
+
+
+def _item(items: list[Any], part: str, override: str) -> int:
+    if not (part.isdigit() and int(part) < len(items)):
+        raise ConfigError(f"--set {override}: {part}: expected an item of the list, 0 to {len(items) - 1}")
+    return int(part)
+
+
+def line_of(node: yaml.Node | None, loc: Sequence[str]) -> int:
+    """1-based line of the key at `loc`, or of its nearest parent that is in the file."""
+    line = 1 if node is None else node.start_mark.line + 1
+    for part in loc:
+        children: list[tuple[str, int, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [(k.value, k.start_mark.line, v) for k, v in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            children = [(str(i), v.start_mark.line, v) for i, v in enumerate(node.value)]
+        found = next(((at, child) for name, at, child in children if name == part), None)
+        if found is None:
+            break
+        line, node = found[0] + 1, found[1]
+    return line
