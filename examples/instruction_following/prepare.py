@@ -22,7 +22,7 @@ from constraints import CHECKS, UNSEEN
 from sources import SourceError, arguments, find
 
 HERE = Path(__file__).resolve().parent
-NUM_PROMPTS, NUM_HELDOUT, NUM_UNSEEN = 390, 52, 112
+NUM_PROMPTS, NUM_HELDOUT, NUM_UNSEEN = 1170, 52, 112
 TWO = 0.4  # share of prompts with a second constraint
 HELDOUT_TOPICS = 4  # every so manyth topic, by hash
 LONGEST = 100  # words that a prompt of IFEval may ask for at least
@@ -51,15 +51,18 @@ def sides(constraints: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def composed() -> dict[str, list[dict[str, Any]]]:
     """File -> rows."""
-    rng = random.Random(0)
     heldout = [t for t in compose.TOPICS if hashlib.sha256(t.encode()).digest()[0] % HELDOUT_TOPICS == 0]
     others = [t for t in compose.TOPICS if t not in heldout]
-    unseen = compose.rows(compose.UNSEEN, heldout, NUM_UNSEEN, rng, two=0.0)
-    return {
-        "prompts": compose.rows(compose.TRAINED, others, NUM_PROMPTS, rng, two=TWO),
-        "heldout": compose.rows(compose.TRAINED, heldout, NUM_HELDOUT, rng, two=TWO)
-        + [{"prompt": row["prompt"]} | sides(row["constraints"]) for row in unseen],
+    asked = {  # each from a stream of its own: more prompts are no other held-out ones
+        name: compose.rows(types, topics, number, random.Random(name), two=two)
+        for name, types, topics, number, two in (
+            ("prompts", compose.TRAINED, others, NUM_PROMPTS, TWO),
+            ("heldout", compose.TRAINED, heldout, NUM_HELDOUT, TWO),
+            ("unseen", compose.UNSEEN, heldout, NUM_UNSEEN, 0.0),
+        )
     }
+    unseen = [{"prompt": row["prompt"]} | sides(row["constraints"]) for row in asked["unseen"]]
+    return {"prompts": asked["prompts"], "heldout": asked["heldout"] + unseen}
 
 
 def main() -> None:
