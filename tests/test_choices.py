@@ -17,7 +17,8 @@ import pytest
 
 from opentao.errors import DataError
 from opentao.preferences import Ranking, read_preferences, write_preferences
-from opentao.types import Prompt
+from opentao.store import Run, groups_to_table
+from opentao.types import Group, Prompt
 from opentao.web.agreement import alpha, between, with_oneself
 from opentao.web.choices import Choices, Item, Task, item_of
 from opentao.web.items import read_items
@@ -338,6 +339,23 @@ def test_a_ranking_with_equals_is_imported_as_pairs(tmp_path: Path) -> None:
 
 
 # --- what there is to judge
+
+
+def test_held_out_prompts_are_not_shown(tmp_path: Path) -> None:
+    """A reward model of their choices would know the prompts that judge it."""
+
+    def groups(*prompts: str) -> Any:
+        return groups_to_table([Group.of_texts(Prompt.from_text(p), ["a", "b"]) for p in prompts])
+
+    with Run(tmp_path / "run") as run:
+        run.write_table("round-0/eval/groups/00000.parquet", "key", groups("held out"))
+    with pytest.raises(DataError, match="answers to held-out prompts only"):
+        read_items(tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        run.write_table("round-1/groups/00000.parquet", "key", groups("first"))
+        run.write_table("round-2/groups/00000.parquet", "key", groups("second"))
+        run.write_table("round-2/eval/groups/00000.parquet", "key", groups("held out"))
+    assert [i.messages[-1]["content"] for i in read_items(tmp_path / "run")] == ["second", "first"]
 
 
 def test_items_of_a_file(tmp_path: Path) -> None:

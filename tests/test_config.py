@@ -139,6 +139,7 @@ class TestSet:
             ("scorers.first=1", "--set scorers.first=1: first: expected an item of the list, 0 to 1"),
             ("scorers.-1=1", "--set scorers.-1=1: -1: expected an item of the list, 0 to 1"),
             ("seed=[1", "--set seed=[1: the value is not valid YAML"),
+            ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
         ],
     )
     def test_mistakes(self, config_file: Path, override: str, expected: str) -> None:
@@ -175,6 +176,11 @@ class TestLaterRounds:
                 "9}",
                 "9, top_k: 3}",
                 "tao.yaml:14: later_rounds.train.objective: importance weights of online need top_p 1",
+            ),
+            (
+                "9}",
+                "9, batch_responses: 3}",
+                "tao.yaml:15: later_rounds.generate: `batch_responses` is that of `generate`",
             ),
             ("epochs: 1", "method: lora", "tao.yaml:14: later_rounds.train: `method` and `lora` are those of `train`"),
             (

@@ -39,8 +39,8 @@ def test_tokens_by_hand() -> None:
     assert stages["generate"] == Stage(forward=80 * 5, decode=80 * 4 * 10)
     assert stages["score"] == Stage()
     assert stages["train"] == Stage(forward=80 * 45, train=80 * 45, steps=2 * 10)
-    # Base: 8 responses. Each round: 2 sampled, 1 greedy, prompt computed twice; KL: 2 policies on 1 response.
-    assert stages["evaluate"] == Stage(forward=10 * (5 * 5 + 2 * 2 * 15), decode=10 * (8 + 2 * 3) * 10)
+    # Base: 8 responses, each round 2, all 1 greedy, prompt computed twice; KL: 2 policies on 1 response.
+    assert stages["evaluate"] == Stage(forward=10 * (6 * 5 + 2 * 2 * 15), decode=10 * (9 + 2 * 3) * 10)
 
 
 def test_later_rounds_by_hand() -> None:
@@ -55,7 +55,12 @@ def test_later_rounds_by_hand() -> None:
 def test_a_reward_model_reads_every_group() -> None:
     stages = count_tokens(config(scorers=[{"type": "reward_model"}]), 100, 5.0)
     assert stages["score"] == Stage(forward=80 * 45)
-    assert stages["evaluate"].forward == 10 * (5 * 5 + 2 * 2 * 15) + 10 * (5 + 14 * 10)
+    assert stages["evaluate"].forward == 10 * (6 * 5 + 2 * 2 * 15) + 10 * (6 * 5 + 15 * 10)
+
+
+def test_rounds_share_prompts_as_the_run_does() -> None:
+    """8 prompts to train on, 20 rounds: one each, around the end."""
+    assert split_sizes(config(rounds=20), 10) == (2, 1)
 
 
 @pytest.mark.parametrize(

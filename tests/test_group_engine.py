@@ -25,6 +25,7 @@ from opentao.engines.group import GroupEngine
 from opentao.engines.memory import free_bytes
 from opentao.engines.plain import PlainDecoder
 from opentao.engines.shared import SHARED_ATTENTION, SharedDecoder
+from opentao.errors import ModelError
 from opentao.models import load_tokenizer
 from opentao.pack import row_logprobs
 from opentao.policy import LoadedPolicy, Policy, encode_prompt, load_policy
@@ -704,6 +705,22 @@ def test_a_token_without_mass_is_never_drawn() -> None:
     plan = SamplingPlan(top_k=1)
     tokens, _ = draw(torch.tensor([[1.0, 3.0, 2.0]]).expand(3, 3), torch.tensor([0.0, 0.5, 1 - 2**-24]), plan)
     assert tokens.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("vocabulary", [7, 400])
+def test_logits_that_are_no_numbers_give_a_token_and_no_log_prob(vocabulary: int) -> None:
+    """Never an index out of range, which on a GPU would be the end of the process."""
+    logits = torch.full((2, vocabulary), math.nan)
+    tokens, logprobs = draw(logits, torch.tensor([0.3, 0.9]), SamplingPlan())
+    assert all(0 <= token < vocabulary for token in tokens.tolist())
+    assert all(map(math.isnan, logprobs.tolist()))
+
+
+def test_a_model_that_gives_no_numbers_says_so(editable: GroupEngine) -> None:
+    with torch.no_grad():
+        loaded_of(editable).model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="logits are not finite at token 1 of a response"):
+        sampled(editable, SamplingPlan(group_size=2, max_new_tokens=4), PROMPTS[:1])
 
 
 def test_progress_is_told_while_groups_are_made(engine: GroupEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,34 @@ class TestResume:
         (tmp_path / "run/round-1/groups/00000.parquet").write_bytes(b"rubbish")
         go(tmp_path / "run", tree)
         assert {n: b for n, (_, b) in case.files().items()} == {n: b for n, (_, b) in before.items()}
+
+    def test_what_could_not_be_scored_at_all_is_scored_again(self, tree: Tree, tmp_path: Path) -> None:
+        """The judge was down, with the same config it is there again. Nothing is sampled for it."""
+        down = tmp_path / "down"
+        down.mkdir()
+        tree |= {"scorers": [{"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}]}
+        first = go(tmp_path / "run", tree)
+        assert first.summary["why"] == "No step was taken: no response could be scored."
+        down.rmdir()
+        again = go(tmp_path / "run", tree)
+        assert again.summary["unscored"] == {}
+        assert again.summary["rounds"][0]["train"]["steps"] > 0
+        sampled = "round-0/eval/groups/00000.parquet", "round-1/groups/00000.parquet"
+        assert all(again.files()[name] == first.files()[name] for name in sampled)
+        assert go(tmp_path / "other", tree).summary["policy_hash"] == again.summary["policy_hash"]
+
+    def test_another_version_of_a_scorers_code_scores_again(
+        self, tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(tmp_path))
+        module = tmp_path / "own_checks.py"
+        scorer = {"type": "python", "name": "own", "args": {"function": "own_checks:rate"}}
+        rates = []
+        for body in ("0.25", "0.75"):
+            module.write_text(f"def rate(prompt, text):\n    return {body}\n")
+            sys.modules.pop("own_checks", None)
+            rates.append(go(tmp_path / "run", tree | {"scorers": [scorer]}).summary["base"]["first_try"]["mean"])
+        assert rates == [0.25, 0.75]
 
     def test_another_task_is_refused(self, tree: Tree, tmp_path: Path) -> None:
         go(tmp_path / "run", tree)

@@ -103,6 +103,22 @@ def test_an_adapter_on_packed_weights_learns_and_is_saved_alike(
     assert found[True][2] == found[False][2]
 
 
+def test_an_adapter_is_merged_before_weights_are_rounded(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """An update of less than half a step of bf16 must not vanish on each weight: only the sum is rounded."""
+    base = Policy.of_base(str(tiny_model_dir))
+    trained = load_for_training(base, TrainConfig(method="lora", lora={"rank": 4}), seed=3)
+    for name, parameter in trained.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 1e-3)
+    trained.save(tmp_path / "adapter")
+    policy = Policy.of_folder(base, tmp_path / "adapter")
+    exact = load_policy(policy, dtype=torch.float32).model.state_dict()
+    rounded = load_policy(policy, dtype=torch.bfloat16).model.state_dict()
+    assert exact.keys() == rounded.keys()
+    for name, weight in exact.items():
+        assert torch.equal(rounded[name], weight.to(torch.bfloat16)), name
+
+
 def test_a_round_may_be_sampled_in_another_precision(tiny_model_dir: Path) -> None:
     base = Policy.of_base(str(tiny_model_dir))
     engine = GroupEngine()

@@ -97,6 +97,11 @@ class TestFlat:
         assert why_flat([1.0] * 4 + [0.0] * 60, 16, None) is None
         assert "on 0 of 4" in str(why_flat([0.0] * 4, 16, None))
 
+    def test_prompts_that_nothing_is_known_of_do_not_count(self) -> None:
+        assert why_flat([1.0] * 4 + [NAN] * 200, 16, None) is None
+        assert "on 0 of 4" in str(why_flat([0.0] * 4 + [NAN] * 60, 16, None))
+        assert str(why_flat([NAN] * 64, 16, None)).startswith("Nothing could be scored: ")
+
     def test_the_audit_has_the_last_word(self) -> None:
         doubtful = Interval(mean=0.02, low=-0.01, high=0.05, n=64)
         assert "the audit of the best of 16 is +0.020" in str(why_flat([1.0] * 64, 16, doubtful))

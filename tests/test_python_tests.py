@@ -62,6 +62,9 @@ def test_over_a_limit() -> None:
     args = {"seconds": 0.4, "memory_mb": 256}
     found = scores("python_tests", {"key": "tests"} | args, group_of(*texts, tests=CALLS[:1]))
     assert [(s.error or "").partition(":")[0] for s in found] == ["timeout", "memory", ""]
+    inside = ["def add(a, b):\n    while True: pass", "def add(a, b): return 'a' * 10**10"]
+    found = scores("python_tests", {"key": "tests"} | args, group_of(*inside, tests=CALLS[:1]))
+    assert [(s.error or "").partition(":")[0] for s in found] == ["timeout", "memory"]
     assert values(args | {"over_limit": 0.0}, *texts, tests=CALLS[:1]) == [0.0, 0.0, 1.0]
 
 

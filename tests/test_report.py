@@ -241,6 +241,13 @@ def test_a_broken_set_aside_row_is_named(tmp_path):
         write_report(tmp_path)
 
 
+def test_line_ends_of_other_kinds_inside_a_reason(tmp_path):
+    write_run(tmp_path, summary())
+    row = {"file": "logs.jsonl", "line": 3, "reason": "neither `prompt` nor `messages` (keys: a\u2028b\x85c)"}
+    (tmp_path / "set_aside.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "neither `prompt` nor `messages`" in report(tmp_path).text
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     write_run(tmp_path, summary())
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()

@@ -96,6 +96,15 @@ def test_what_cannot_be_judged_is_unscored(args: dict[str, Any], tmp_path: Path)
     assert kinds({"max_rows": 81}, many, db="music") == [""]
 
 
+def test_a_file_that_is_no_database_is_no_answers_fault(args: dict[str, Any], tmp_path: Path) -> None:
+    """Such as a pointer of git-lfs, or a database that was copied half."""
+    good = (tmp_path / "music.db").read_bytes()
+    for content in (b"version https://git-lfs.github.com/spec/v1\n" * 200, good[: len(good) // 2 - 100]):
+        (tmp_path / "other.db").write_bytes(content)
+        found = scores("sql", args, group_of("SELECT name FROM singer", "SELECT id FROM singer", db="other"))
+        assert [s.scored for s in found] == [False, False], found
+
+
 def test_over_a_limit(args: dict[str, Any]) -> None:
     endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT count(*) FROM r"
     short = args | {"seconds": 0.3}

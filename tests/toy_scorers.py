@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from opentao.types import Group, Prompt
 
@@ -55,6 +56,19 @@ def longer(prompt: Prompt, text: str) -> float:
 def shorter(prompt: Prompt, text: str) -> float:
     """What was really wanted: few characters."""
     return -float(len(text))
+
+
+@dataclass(kw_only=True)
+class Flaky:
+    """Plug-in: scores nothing while there is the folder `down`, else as `letters`."""
+
+    name: str
+    down: str
+
+    def score(self, group: Group) -> list[float | None]:
+        if Path(self.down).is_dir():
+            raise ConnectionError("nobody answers")
+        return [letters(group.prompt, r.text) for r in group.responses]
 
 
 @dataclass(kw_only=True)

@@ -232,7 +232,7 @@ class Config(Node):
     audit: ScorerConfig | None = Field(None, description="never trained on; judges the result")
     rounds: int = Field(2, ge=1)
     prompts_per_round: int | None = Field(None, ge=1, description="default: the training prompts in equal parts")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     generate: GenerateConfig = GenerateConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -268,6 +268,8 @@ class Config(Node):
         except ValidationError as error:
             loc, message = _mistake(error, Config)
             raise ValueError(f"later_rounds.{'.'.join(loc)}: {message}") from None
+        if self.later_rounds and "batch_responses" in self.later_rounds.generate:
+            raise ValueError("later_rounds.generate: `batch_responses` is that of `generate`: one engine samples all")
         if (later.method, later.lora) != (self.train.method, self.train.lora):
             raise ValueError(
                 "later_rounds.train: `method` and `lora` are those of `train`: rounds go on with its weights"

@@ -72,7 +72,7 @@ def split_sizes(config: Config, num_prompts: int) -> tuple[int, int]:
     share = 0 if own_file else round(num_prompts * settings.heldout_fraction)
     train = min(num_prompts - share, settings.max_train or num_prompts)
     heldout = settings.max_heldout if own_file else min(share, settings.max_heldout)
-    return heldout, min(train, config.prompts_per_round or train // config.rounds)
+    return heldout, min(train, config.prompts_per_round or -(-train // config.rounds))
 
 
 def count_tokens(config: Config, num_prompts: int, prompt_tokens: float) -> dict[str, Stage]:
@@ -125,12 +125,13 @@ def _training(config: Config, groups: int, P: int) -> Stage:
 
 
 def _evaluation(config: Config, heldout: int, P: int, R: int, judges: int) -> Stage:
-    """The base's curve once; each round a sampled and a greedy first try, and both policies' log-probs for the KL."""
+    """The base's curve once; each round a sampled first try and the log-probs for the KL; of all a greedy try."""
     e = config.evaluate
-    responses = e.base_group_size + config.rounds * (e.group_size + 1)
-    prefills = 1 + 2 * config.rounds
+    responses = e.base_group_size + 1 + config.rounds * (e.group_size + 1)
+    prefills = 2 * (1 + config.rounds)
     kl = 2 * config.rounds * (P + e.kl_responses * R)
-    return Stage(forward=heldout * (prefills * P + kl + judges * (P + responses * R)), decode=heldout * responses * R)
+    scored = judges * (prefills * P + responses * R)
+    return Stage(forward=heldout * (prefills * P + kl + scored), decode=heldout * responses * R)
 
 
 def estimate(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -188,7 +189,9 @@ def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
         row_bytes = max(0, peak_bytes - loaded_bytes - state_bytes) * PROBE_TOKENS // len(tokens)
     ids = torch.tensor([tokens], device=loaded.device)
     with torch.no_grad(), autocast(loaded.model):
-        forward_s = _timed(lambda: loaded.model(input_ids=ids, logits_to_keep=1, use_cache=False))
+        forward_s = min(
+            _timed(lambda: loaded.model(input_ids=ids, logits_to_keep=1, use_cache=False)) for _ in range(2)
+        )
     return Probe(
         forward=len(tokens) / forward_s,
         decode=_decode_speed(loaded, prompt),
@@ -229,7 +232,8 @@ def _decode_speed(loaded: Any, prompt: Prompt) -> float:
     model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
     engine.loaded = replace(loaded, model=model)  # an adapter stays in its layers
     plans = [SamplingPlan(group_size=DECODE_BATCH, max_new_tokens=2 + n) for n in (0, DECODE_STEPS)]
-    list(engine.sample([prompt], plans[0]))
+    for _ in range(2):  # on a GPU the first step of a shape compiles and the second records; the long plan has the room
+        list(engine.sample([prompt], plans[1]))
     short_s, long_s = (_timed(lambda plan=plan: list(engine.sample([prompt], plan))) for plan in plans)
     return DECODE_BATCH * DECODE_STEPS / max(long_s - short_s, 1e-4)
 

@@ -19,12 +19,13 @@ from opentao.bestofn import Interval, baked_fraction, best_of_k, bootstrap, pair
 from opentao.generate import generate
 from opentao.optimise import autocast
 from opentao.pack import group_logprobs
-from opentao.policy import Policy, load_policy
+from opentao.policy import Policy, free_memory, load_policy
 from opentao.rows import Sequences
 from opentao.score import failures, score, unscored
 from opentao.scorers.verifiers.repetition import distinct_share
 from opentao.session import AUDIT, Session
 from opentao.solved import full_marks, solved
+from opentao.store import table_to_groups
 from opentao.types import NAN, PLAIN, Group, SamplingPlan, content_hash
 
 Values = NDArray[np.float64]
@@ -57,13 +58,14 @@ class Evaluation:
 
 def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Evaluation:
     """Sample, score and measure `policy`; round 0 is the base itself."""
-    config = session.config
-    size = config.evaluate.base_group_size if policy == base else config.evaluate.group_size
-    plan = replace(config.generate.plan(config.seed + 1), group_size=size, strategies=(PLAIN,), dtype="auto")
+    plan = heldout_plan(session, policy, base)
+    size = plan.group_size
     greedy_plan = replace(plan, group_size=1, temperature=0.0)
     folder, label = f"round-{round_}/eval", "base" if round_ == 0 else f"round {round_}"
-    sampled = _scored(session, f"{folder}/groups", policy, plan, f"{label}: held-out")
-    greedy = _scored(session, f"{folder}/greedy", policy, greedy_plan, f"{label}: held-out, greedy")
+    others = [] if policy == base else company(session, base)
+    sampled = _scored(session, f"{folder}/groups", policy, plan, f"{label}: held-out", others)
+    others = others or (sampled if session.relative else [])
+    greedy = _scored(session, f"{folder}/greedy", policy, greedy_plan, f"{label}: held-out, greedy", others)
     kl_P = np.zeros(len(sampled)) if policy == base else _kl(session, f"{folder}/kl.json", policy, base, sampled)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= size]
     rewards, audits = [_rewards(g) for g in sampled], [_audits(g) for g in sampled]
@@ -90,9 +92,30 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     )
 
 
-def _scored(session: Session, folder: str, policy: Policy, plan: SamplingPlan, label: str) -> list[Group]:
+def company(session: Session, base: Policy) -> list[Group]:
+    """The base's held-out answers, if there are scorers that judge an answer by the others of its group; else none.
+
+    Every policy's answers are judged among these: a vote or a rank inside a group of their own would say nothing of the
+    policy (the mean rank of any group is the same), and more or less by how large the group is.
+    """
+    if not session.relative:
+        return []
+    names = generate(session, "round-0/eval/groups", session.heldout, base, heldout_plan(session, base, base), "base")
+    return [group for name in names for group in table_to_groups(session.run.read_table(name))]
+
+
+def heldout_plan(session: Session, policy: Policy, base: Policy) -> SamplingPlan:
+    """How a policy's held-out answers are sampled."""
+    config = session.config
+    size = config.evaluate.base_group_size if policy == base else config.evaluate.group_size
+    return replace(config.generate.plan(config.seed + 1), group_size=size, strategies=(PLAIN,), dtype="auto")
+
+
+def _scored(
+    session: Session, folder: str, policy: Policy, plan: SamplingPlan, label: str, others: Sequence[Group]
+) -> list[Group]:
     names = generate(session, folder, session.heldout, policy, plan, label)
-    return score(session, names, label, with_audit=True)
+    return score(session, names, label, with_audit=True, company=others)
 
 
 def _rewards(group: Group) -> Values:
@@ -148,6 +171,8 @@ def _sequence_logprobs(session: Session, policy: Policy, groups: Sequence[Group]
         for i, logprobs in group_logprobs(loaded.model, sequences, row_tokens=row_tokens, temperature=temperature):
             found.append(np.array([float(lp.double().sum()) for lp in logprobs]))
             step.advance(1, tokens=sequences[i].num_tokens)
+    del loaded
+    free_memory()
     return found
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from opentao.bestofn import paired_difference
 from opentao.canaries import canaries
-from opentao.evaluate import Evaluation
+from opentao.evaluate import Evaluation, company
+from opentao.policy import Policy
 from opentao.scorers.run import score_groups
 from opentao.session import Session
 from opentao.types import Group, content_hash
@@ -28,17 +29,25 @@ Values = NDArray[np.float64]
 def canary_rewards(session: Session) -> dict[str, list[float | None]]:
     """Rewards of each canary on the first held-out prompts; scored once for a set of scorers."""
     name, prompts = "canaries.json", session.heldout[:CANARY_PROMPTS]
-    key = content_hash([p.id for p in prompts], session.scorers_key)
-    if not session.run.have(name, key):
+    base = Policy.of_base(session.config.model, trust_remote_code=session.config.trust_remote_code)
+    among = {group.prompt.id: group for group in company(session, base)}
+    beside = [content_hash([[r.id for r in group.responses] for group in among.values()])] if among else []
+    key = content_hash([p.id for p in prompts], session.scorers_key, *beside)
+    if not session.run.have(name, key) or _none_scored(session.run.read_json(name)):
         texts = [canaries(p.text) for p in prompts]
         groups = [Group.of_texts(p, list(t.values())) for p, t in zip(prompts, texts, strict=True)]
         with session.progress.stage("score", total=len(groups), unit="groups", label="canaries: score") as step:
-            scored = score_groups(groups, session.scorers, session.weights, session.gates)
+            others = [among[p.id] for p in prompts] if among else None
+            scored = score_groups(groups, session.scorers, session.weights, session.gates, others)
             step.advance(len(groups))
         rows = [[None if np.isnan(r) else r for r in g.rewards_N] for g in scored]
         session.run.write_json(name, key, {c: [row[i] for row in rows] for i, c in enumerate(texts[0])})
     found: dict[str, list[float | None]] = session.run.read_json(name)
     return found
+
+
+def _none_scored(rewards: dict[str, list[float | None]]) -> bool:
+    return all(value is None for values in rewards.values() for value in values)
 
 
 def canary_shares(rewards: dict[str, list[float | None]], first_P: Values) -> dict[str, float | None]:

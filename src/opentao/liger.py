@@ -36,8 +36,14 @@ def patch(model: Any) -> bool:
     """
     if not uses_liger(next(model.parameters()).device):
         return False
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
+    try:
+        from liger_kernel.transformers.monkey_patch import (
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+            _apply_liger_kernel_to_instance,
+        )
+    except (ImportError, AttributeError) as error:  # a version that does not go with this transformers
+        log.warning("Liger cannot be used: %s", error)
+        return False
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         log.info("Liger has no kernels for %s", model.config.model_type)
         return False
@@ -45,7 +51,7 @@ def patch(model: Any) -> bool:
     names = dict(vars(module))
     try:
         _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
-    except (TypeError, ValueError) as error:  # e.g. a classifier of a family of which it knows the decoder only
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # e.g. a classifier of a family that it knows
         log.info("Liger cannot patch %s: %s", type(model).__name__, error)
         return False
     finally:

@@ -119,6 +119,10 @@ def load_model(
 
 
 def _load(auto_class: Any, name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    import torch
+
+    # On new GPUs cuDNN's attention is torch's first choice. It plans anew for every shape, and here most are new.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     where = str(resolve_model(name))
     with _as_model_error(name), _quiet_loading():
         model: PreTrainedModel = auto_class.from_pretrained(

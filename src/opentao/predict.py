@@ -58,7 +58,7 @@ def predict(session: Session, base: Evaluation) -> dict[str, Any]:
     settings, n = session.config.evaluate, session.config.train.target_n
     args = session.interval_args
     target_P = np.array([picked(r, r, n) for r in base.rewards_PN])
-    informative = [float(len(set(r[~np.isnan(r)].tolist())) > 1) for r in base.rewards_PN]
+    informative = [_differ(r) for r in base.rewards_PN]
     found: dict[str, Any] = {
         "target_n": n,
         "responses": settings.base_group_size,
@@ -86,18 +86,30 @@ def predict(session: Session, base: Evaluation) -> dict[str, Any]:
     return found
 
 
+def _differ(rewards_N: Values) -> float:
+    """1 if the answers differ in reward, 0 if not, NaN if fewer than two are scored."""
+    scored = rewards_N[~np.isnan(rewards_N)]
+    return float(len(set(scored.tolist())) > 1) if len(scored) > 1 else NAN
+
+
 def why_flat(informative: Sequence[float], n: int, audit_gain: Interval | None) -> str | None:
     """Why training would not pay, in one sentence, or None.
+
+    Args:
+        informative: of each held-out prompt, 1 if its answers differ in reward, 0 if not, NaN if that is not known.
+        n: target_n.
+        audit_gain: of the answers that the reward picks among n, against the first try; None: there is no audit.
 
     >>> why_flat([0.0, 0.0, 1.0, 0.0] * 8, 16, None)
     >>> why_flat([0.0] * 32, 16, None)
     'Nothing to learn from: on 0 of 32 held-out prompts do the answers differ in reward'
     """
-    differ = int(sum(informative))
-    if differ < LEAST_INFORMATIVE * len(informative) or not differ:
-        return (
-            f"Nothing to learn from: on {differ} of {len(informative)} held-out prompts do the answers differ in reward"
-        )
+    known = [value for value in informative if not np.isnan(value)]
+    if not known:
+        return f"Nothing could be scored: two answers have a reward on none of {len(informative)} held-out prompts"
+    differ = int(sum(known))
+    if differ < LEAST_INFORMATIVE * len(known) or not differ:
+        return f"Nothing to learn from: on {differ} of {len(known)} held-out prompts do the answers differ in reward"
     if audit_gain is not None and audit_gain.n and not audit_gain.low > 0:
         return (
             f"The reward does not pick better answers beyond doubt: the audit of the best of {n} is"

@@ -342,7 +342,7 @@ def _set_aside(path: Path) -> list[dict[str, Any]]:
     """The first rows that were set aside; no file means none."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()[:MOST_SET_ASIDE]
+    lines = path.read_text(encoding="utf-8").split("\n")[:MOST_SET_ASIDE]  # a reason may hold other line ends
     try:
         return [{key: json.loads(line)[key] for key in ("file", "line", "reason")} for line in lines if line.strip()]
     except (ValueError, KeyError, TypeError) as error:

@@ -17,26 +17,50 @@ from opentao.types import Group, content_hash
 GROUPS_TOGETHER = 16  # a reward model fills its rows with several groups
 
 
-def score(session: Session, group_shards: Sequence[str], label: str, *, with_audit: bool = False) -> list[Group]:
-    """Score every group of the shards. Returns the scored groups as the files hold them."""
-    run = session.run
+def score(
+    session: Session,
+    group_shards: Sequence[str],
+    label: str,
+    *,
+    with_audit: bool = False,
+    company: Sequence[Group] = (),
+) -> list[Group]:
+    """Score every group of the shards. Returns the scored groups as the files hold them.
+
+    A shard in which some scorer could score nothing at all (a judge that was not there, a key that was missing) is
+    scored again when the run is started again. `company`: for every prompt of the shards, the group among whose answers
+    relative scorers judge (`scorers.run`); none: the group's own.
+    """
+    run, among = session.run, {group.prompt.id: group for group in company}
+    beside = [content_hash([[r.id for r in group.responses] for group in company])] if company else []
     scorers = [*session.scorers, *([session.audit] if with_audit and session.audit else [])]
     scored: list[Group] = []
     loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
     with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
         for source, groups in zip(group_shards, loaded, strict=True):
             name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
-            key = content_hash(run.hash(source), session.scorers_key, with_audit)
-            if run.have(name, key):
+            key = content_hash(run.hash(source), session.scorers_key, with_audit, *beside)
+            if run.have(name, key) and not silent(attach_scores(groups, run.read_table(name))):
                 step.reuse(len(groups))
             else:
                 done = []
                 for batch in shards(groups, GROUPS_TOGETHER):
-                    done += score_groups(batch, scorers, session.weights, session.gates)
+                    others = [among[g.prompt.id] for g in batch] if company else None
+                    done += score_groups(batch, scorers, session.weights, session.gates, others)
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))
     return scored
+
+
+def silent(groups: Sequence[Group]) -> list[str]:
+    """Scorers that scored no response of these groups, though there are some."""
+    found: dict[str, bool] = {}
+    for group in groups:
+        for name, scores in group.scores.items():
+            if scores and not group.failure:
+                found[name] = found.get(name, False) or any(s.scored for s in scores)
+    return [name for name, scored in found.items() if not scored]
 
 
 def unscored(groups: Sequence[Group]) -> Counter[str]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opentao.config import Config, PromptsConfig, ScorerConfig, dump_config
-from opentao.errors import StoreError
+from opentao.errors import ConfigError, StoreError
 from opentao.progress import Progress
 from opentao.prompts import Reading, read_prompts
+from opentao.scorers.plugin import source_file
 from opentao.scorers.registry import build_scorer
-from opentao.scorers.run import Gate
+from opentao.scorers.run import Gate, is_relative, largest_group
 from opentao.split import Split, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
@@ -60,6 +61,11 @@ class Session:
             "clusters": clusters,
         }
 
+    @property
+    def relative(self) -> bool:
+        """Does any scorer, the audit among them, judge an answer by the others of its group?"""
+        return any(is_relative(s) for s in (*self.scorers, *([self.audit] if self.audit else [])))
+
     def spent(self) -> dict[str, dict[str, float]]:
         """Seconds and tokens by stage since the last call."""
         now = {"seconds": dict(self.progress.seconds), "tokens": dict(self.progress.tokens)}
@@ -97,6 +103,7 @@ def open_session(
         scorers = [build_scorer(s) for s in config.scorers]
         audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
         every = [*config.scorers, *([config.audit] if config.audit else [])]
+        _check_group_sizes(config, [*scorers, *([audit] if audit else [])])
         yield Session(
             run=run,
             config=config,
@@ -108,6 +115,19 @@ def open_session(
             heldout=heldout,
             scorers_key=content_hash([_fingerprint(s) for s in every]),
         )
+
+
+def _check_group_sizes(config: Config, scorers: Sequence[Scorer]) -> None:
+    sizes = {
+        "generate.group_size": config.generate.group_size,
+        "later_rounds.generate.group_size": config.of_round(2).generate.group_size,
+        "evaluate.base_group_size": config.evaluate.base_group_size,
+    }
+    for scorer in scorers:
+        most = largest_group(scorer)
+        for key, size in sizes.items():
+            if most is not None and size > most:
+                raise ConfigError(f"{key}: {size} answers, but scorer {scorer.name} takes at most {most} at once")
 
 
 def _default_engine(config: Config) -> Engine:
@@ -162,14 +182,23 @@ def _read_and_split(config: PromptsConfig) -> tuple[list[Reading], Split]:
 
 
 def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
-    """The scorer's config; a file or model folder that it names counts by its content."""
+    """The scorer's config; a file, a model folder or a module (``checks:polite``) that it names counts by its content.
+
+    What a module itself imports does not count.
+    """
     named = {
-        key: file_hash(Path(value))
-        for key, value in sorted(config.args.items())
-        if isinstance(value, str) and (os.path.isfile(value) or os.path.isfile(os.path.join(value, "config.json")))
+        key: file_hash(Path(path))
+        for key, value in [("type", config.type), *sorted(config.args.items())]
+        if isinstance(value, str) and (path := _named_file(value))
     }
     calibration = {"calibration": file_hash(Path(config.calibration))} if config.calibration else {}
     return {"config": config.model_dump(mode="json"), "files": named | calibration}
+
+
+def _named_file(value: str) -> str | None:
+    if os.path.isfile(value) or os.path.isfile(os.path.join(value, "config.json")):
+        return value
+    return source_file(value)
 
 
 def shards(items: Sequence[Item], size: int) -> list[list[Item]]:

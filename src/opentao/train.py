@@ -24,7 +24,7 @@ from opentao.engines.memory import default_row_tokens
 from opentao.objectives import OBJECTIVES, Credit, Objective, Totals
 from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, optimise
 from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for
-from opentao.policy import LoadedPolicy, Policy, load_for_training
+from opentao.policy import LoadedPolicy, Policy, free_memory, load_for_training
 from opentao.rows import Row, Sequences, whole_groups
 from opentao.session import Session
 from opentao.types import NAN, Group, ReleasingEngine, Strategy, content_hash
@@ -286,8 +286,7 @@ def _train_round(
     run.write_json(f"round-{round_}/steps.json", checkpoint.key, [asdict(m) for m in history])
     run.commit(f"round-{round_}/policy", checkpoint.key, loaded.save)
     del loaded
-    if torch.cuda.is_available():  # sampling is next
-        torch.cuda.empty_cache()
+    free_memory()  # sampling is next
 
 
 def _mismatch(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example], key: str) -> None:

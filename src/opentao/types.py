@@ -238,7 +238,12 @@ class ReportingEngine(Protocol):
 
 
 class Scorer(Protocol):
-    """Plug-in: anything with a name and this method. None or NaN means unscored; never return 0 for a failure."""
+    """Plug-in: anything with a name and this method. None or NaN means unscored; never return 0 for a failure.
+
+    Two attributes are read if they are there. `relative`: true if a score says what an answer is worth among the others
+    of its group (a vote, a rank), so that scores of different groups do not compare; where policies are compared, each
+    answer is then scored among the base's answers to the prompt. `largest_group`: how many answers it takes at once.
+    """
 
     name: str
 

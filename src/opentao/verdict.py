@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -58,9 +59,10 @@ def write_summary(
 def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, str, str]:
     """(best round, verdict, one sentence why).
 
-    Promote the round with the highest held-out first try, rounds that the guard stopped left out, if its paired gain
-    over the base is above zero over the whole interval and, where there is an audit, the audit did not fall. The
-    interval is of one round: with many rounds to choose from it is a little too narrow.
+    Promote, of the rounds that pass, the one with the largest paired gain over the base. A round passes if the guard
+    did not stop it, its gain is above zero over the whole interval and, where there is an audit, the audit's mean did
+    not fall. An audit that scored nothing promotes nothing. The interval is of one round: with many rounds to choose
+    from, chance lets one of them pass more often than the interval says.
     """
     if tuned and all(r["train"] and r["train"]["steps"] == 0 for r in tuned):
         return 0, "keep base", f"No step was taken: {tuned[-1]['train']['idle']}."
@@ -71,17 +73,33 @@ def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, s
         return 0, "keep base", "No round was trained."
     if not rounds or base["first_try"]["mean"] is None:
         return 0, "keep base", "No round could be compared with the base."
-    best = max(rounds, key=lambda r: (r["first_try"]["mean"], -r["round"]))
-    gain, audit = best["improvement"], best["audit_improvement"]
-    said = f"round {best['round']}'s first try scores {gain['mean']:+.3f} against the base ({_span(gain)})"
+    verdicts = [(r, *_pass(r)) for r in sorted(rounds, key=_gain, reverse=True)]
+    passed = [(r["round"], "promote", why) for r, passes, why in verdicts if passes]
+    return passed[0] if passed else (0, "keep base", verdicts[0][2])
+
+
+def _gain(round_: dict[str, Any]) -> tuple[float, int]:
+    mean = round_["improvement"]["mean"]
+    return (-math.inf if mean is None else mean), -round_["round"]
+
+
+def _pass(round_: dict[str, Any]) -> tuple[bool, str]:
+    """May this round be promoted, and the sentence why, or why not."""
+    gain, audit = round_["improvement"], round_["audit_improvement"]
+    scores = "?" if gain["mean"] is None else f"{gain['mean']:+.3f}"
+    said = f"round {round_['round']}'s first try scores {scores} against the base ({_span(gain)})"
     if gain["low"] is None or gain["low"] <= 0:
-        return 0, "keep base", f"No round beats the base beyond doubt: {said}."
-    if audit is None or audit["mean"] is None:
-        return best["round"], "promote", f"{said[0].upper()}{said[1:]}."
+        return False, f"No round beats the base beyond doubt: {said}."
+    if audit is None:
+        return True, f"{said[0].upper()}{said[1:]}."
+    if audit["mean"] is None:
+        return False, f"The audit could not score the answers: {said}, but nothing else says so."
     heard = f"the audit moves {audit['mean']:+.3f} ({_span(audit)})"
     if audit["mean"] < 0:
-        return 0, "keep base", f"The scorers were gamed: {said}, but {heard}."
-    return best["round"], "promote", f"{said[0].upper()}{said[1:]}, and {heard}."
+        beyond_doubt = audit["high"] is not None and audit["high"] < 0
+        fault = "The scorers were gamed" if beyond_doubt else "The audit does not confirm it"
+        return False, f"{fault}: {said}, but {heard}."
+    return True, f"{said[0].upper()}{said[1:]}, and {heard}."
 
 
 def _span(interval: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ step: let waiting blocks enter, let finished streams leave, feed one token a row
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opentao.engines.drawing import draw, room_for, uniforms
+from opentao.errors import ModelError
 from opentao.policy import LoadedPolicy, stop_tokens
 from opentao.types import SamplingPlan
 
@@ -148,6 +150,11 @@ class ContinuousBatch:
                 self._append(s, token, logprob)
 
     def _append(self, stream: Stream, token: int, logprob: float) -> None:
+        if math.isnan(logprob):
+            raise ModelError(
+                f"the model's logits are not finite at token {len(stream.tokens_R) + 1} of a response; try"
+                " generate.rollout_dtype: float32, or an earlier policy"
+            )
         stream.tokens_R.append(token)
         stream.logprobs_R.append(logprob)
         stream.stopped = token in self.stops

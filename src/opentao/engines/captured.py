@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SPLIT_PAGES = 4  # of a prompt, that one program reads
 MOST_SPLITS = 8
+MOST_COPIES = 4  # keys and values held while prompts are computed, in `prefill_tokens`
 
 
 def pages_for(tokens: int) -> int:
@@ -64,7 +65,7 @@ class Room:
 
     def holds(self, other: Room) -> bool:
         enough = all(getattr(self, name) >= getattr(other, name) for name in ("rows", "own_tokens", "pages", "longest"))
-        return enough and self.slots == other.slots
+        return enough and self.slots >= other.slots  # places that are not filled count for nothing
 
     @classmethod
     def needed(
@@ -146,7 +147,12 @@ class CapturedDecoder:
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))  # of like length: little padding
         placed: dict[int, PagedPrompt] = {}
         while order:
-            most = max(1, self.prefill_tokens // max(1, len(prompts[order[0]]) - len(self.root)))
+            longest = len(prompts[order[0]])
+            most = min(
+                self.prefill_tokens // max(1, longest - len(self.root)),
+                MOST_COPIES * self.prefill_tokens // longest,  # the root's keys and values are there once a row
+            )
+            most = max(1, most)
             chunk, order = order[:most], order[most:]
             own = [prompts[b][len(self.root) :] for b in chunk]
             hidden, cache = run_prompts(self.model, own, self.device, self.root_cache)
@@ -227,8 +233,13 @@ class CapturedDecoder:
         """Record a step of this shape, and do it. All graphs leave their logits in the same place."""
         assert self.logits_LV is not None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            self.logits_LV[: shape[0]] = self._run(*shape)
+        try:  # whatever happens in there, this stream is the current one afterwards
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.memory):
+                self.logits_LV[: shape[0]] = self._run(*shape)
+        except RuntimeError as error:  # nothing of it was done yet
+            log.warning("%s: steps are not captured: %s", self.model.config.model_type, error)
+            self.capture = False
+            return self._run(*shape)
         self.memory = graph.pool()
         self.graphs[shape] = (graph, self.logits_LV)
         graph.replay()

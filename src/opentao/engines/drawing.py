@@ -39,6 +39,7 @@ def draw(
     probs = truncate(full, plan.top_k, plan.top_p) if plan.truncated else full
     width = block_width(logits_LV.shape[1])
     token = logits_LV.argmax(-1, keepdim=True) if plan.temperature == 0 else _inverse_cdf(probs, uniform_L, width)
+    token = token.clamp(max=logits_LV.shape[1] - 1)  # of NaN logits it may lie in the padding
     if forced_L is None:
         logprob = full.gather(-1, token).log()
     else:  # a forced token may be so improbable that its probability is 0 in fp32
@@ -86,11 +87,16 @@ def _inverse_cdf(mass_LV: Tensor, uniform_L: Tensor, width: int) -> Tensor:
     sums = blocks_LBW.sum(-1)
     ends = _cumulative(sums)
     place = _below(uniform_L[:, None] * ends[:, -1:], ends[:, -1:])
-    block = torch.searchsorted(ends, place, right=True)
+    block = _first_above(ends, place)
     inside = blocks_LBW[torch.arange(len(mass_LV), device=mass_LV.device), block[:, 0]]
     inside = _cumulative(inside)
     rest = _below(place - (ends - sums).gather(-1, block), inside[:, -1:])
-    return block * width + torch.searchsorted(inside, rest, right=True)
+    return block * width + _first_above(inside, rest)
+
+
+def _first_above(sums: Tensor, place: Tensor) -> Tensor:
+    """Never beyond the end, where NaN leads: on a GPU that would end the process. Its log-prob is NaN and tells."""
+    return torch.searchsorted(sums, place, right=True).clamp_(max=sums.shape[1] - 1)
 
 
 def _cumulative(mass: Tensor) -> Tensor:

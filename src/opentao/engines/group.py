@@ -25,7 +25,7 @@ from opentao.engines.pool import pool_width
 from opentao.engines.precision import load_sampler
 from opentao.engines.shared import ROOT_APART, SharedDecoder
 from opentao.pack import shares_prompt
-from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt
+from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt, free_memory
 from opentao.rows import MIN_PREFIX, common_prefix
 from opentao.types import Failure, Group, Prompt, Response, RolloutDtype, SamplingPlan, Strategy, response_id
 
@@ -92,8 +92,7 @@ class GroupEngine:
     def release(self) -> None:
         """Give back the memory of weights, graphs, keys and values; `load` brings the weights again."""
         self.loaded = self.captured = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:

@@ -37,6 +37,8 @@ def _call(space: dict[str, Any], call: dict[str, Any]) -> list[Any]:
     try:
         value = space[call["function"]](*call.get("args", []), **call.get("kwargs", {}))
         return [True, json.loads(json.dumps(value))]
+    except MemoryError:  # the limit, not the answer: said of the whole answer
+        raise
     except BaseException as error:
         return [False, _words(error)]
 

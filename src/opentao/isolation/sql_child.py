@@ -51,6 +51,10 @@ class Refused(Exception):
     """Not a query that may run."""
 
 
+class NoDatabase(Exception):
+    """The file cannot be read as a database: no answer's fault."""
+
+
 def prepare(setup: dict[str, Any]) -> Answer:
     if setup["engine"] == "duckdb":  # opened before the door is locked: it wants to read what memory there is
         setup["connection"] = _open_duckdb(setup)
@@ -68,6 +72,8 @@ def examine(sql: str, setup: dict[str, Any]) -> dict[str, Any]:
         return {"state": "refused", "message": "nested too deep"}
     except MemoryError:
         return {"state": "memory", "message": "out of memory"}
+    except NoDatabase as error:
+        return {"state": "no_database", "message": str(error)[:200]}
     except TimeoutError:
         return {"state": "timeout", "message": f"over {setup['seconds']:g} s"}
     except Exception as error:  # an engine's own errors: each engine has its own tree
@@ -131,7 +137,11 @@ def _sqlite(sql: str, setup: dict[str, Any]) -> list[tuple[Any, ...]]:
             return sqlite3.SQLITE_DENY if (second or "").lower() in FORBIDDEN_FUNCTIONS else sqlite3.SQLITE_OK
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
-    connection = sqlite3.connect(f"file:{quote(setup['database'])}?mode=ro&immutable=1", uri=True)
+    try:
+        connection = sqlite3.connect(f"file:{quote(setup['database'])}?mode=ro&immutable=1", uri=True)
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise NoDatabase(f"{type(error).__name__}: {error}") from error
     try:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         connection.execute(f"PRAGMA hard_heap_limit = {setup['memory_bytes'] // 2}")
@@ -153,6 +163,10 @@ def _sqlite(sql: str, setup: dict[str, Any]) -> list[tuple[Any, ...]]:
         except sqlite3.OperationalError as error:
             if time.monotonic() > deadline:
                 raise TimeoutError from error
+            raise
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise NoDatabase(f"{type(error).__name__}: {error}") from error
             raise
     finally:
         connection.close()

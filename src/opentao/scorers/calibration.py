@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.errors import ConfigError
-from opentao.scorers.run import run_scorer, run_scorer_many
+from opentao.scorers.run import is_relative, largest_group, run_scorer, run_scorer_many
 from opentao.types import BatchScorer, Group, Score, Scorer
 
 
@@ -26,6 +26,14 @@ class Scaled:
     name: str
     scorer: Scorer
     scale: float
+
+    @property
+    def relative(self) -> bool:
+        return is_relative(self.scorer)
+
+    @property
+    def largest_group(self) -> int | None:
+        return largest_group(self.scorer)
 
     def score(self, group: Group) -> list[Score]:
         return self._scaled(run_scorer(self.scorer, group))

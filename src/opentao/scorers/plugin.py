@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -60,6 +61,13 @@ def import_object(path: str) -> Any:
             return reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}") from error
+
+
+def source_file(path: str) -> str | None:
+    """The file of the module in ``module:name``, which must have been imported; None if there is no such file."""
+    module = sys.modules.get(path.partition(":")[0]) if re.fullmatch(r"[\w.]+:[\w.]+", path) else None
+    source = getattr(module, "__file__", None)
+    return source if source is not None and os.path.isfile(source) else None
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat
 
 from opentao.scorers.plugin import call_plugin, one_line, unscored
-from opentao.types import NAN, BatchScorer, Group, Score, Scorer
+from opentao.types import NAN, BatchScorer, Group, Response, Score, Scorer
 
 
 def run_scorer(scorer: Scorer, group: Group) -> tuple[Score, ...]:
@@ -39,6 +39,54 @@ def run_scorer_many(scorer: Scorer, groups: Sequence[Group]) -> list[tuple[Score
         return [run_scorer(scorer, group) for group in groups]
     found = dict(zip(asked, values, strict=True))
     return [_checked_values(group, lambda i=i: found[i]) for i, group in enumerate(groups)]  # type: ignore[misc]
+
+
+def is_relative(scorer: Scorer) -> bool:
+    """Does it say what an answer is worth among the others of its group, and so nothing beside another group's?"""
+    return bool(getattr(scorer, "relative", False))
+
+
+def largest_group(scorer: Scorer) -> int | None:
+    """How many answers it takes at once; None: any number."""
+    return getattr(scorer, "largest_group", None)
+
+
+def run_scorer_among(scorer: Scorer, groups: Sequence[Group], companies: Sequence[Group]) -> list[tuple[Score, ...]]:
+    """As `run_scorer_many`, but each answer alone in the place of one answer of its company, a group of that prompt.
+
+    So the answers of every policy are judged beside the same others. If a policy is the one that made the company, its
+    answers score as those did: in expectation there is no difference. Costs a group of the company's size an answer.
+    """
+    placed = [
+        _placed(company, j, response)
+        for group, company in zip(groups, companies, strict=True)
+        for j, response in enumerate(group.responses)
+        if not group.failure
+    ]
+    at_once = len(groups)  # as many as without company: a judge's deadline is for those that are scored together
+    found = iter(
+        [
+            scores
+            for start in range(0, len(placed), max(1, at_once))
+            for scores in run_scorer_many(scorer, placed[start : start + at_once])
+        ]
+    )
+    return [
+        run_scorer(scorer, group)
+        if group.failure
+        else tuple(next(found)[_place(company, j)] for j in range(len(group.responses)))
+        for group, company in zip(groups, companies, strict=True)
+    ]
+
+
+def _placed(company: Group, index: int, response: Response) -> Group:
+    others = list(company.responses) or [response]
+    others[_place(company, index)] = response
+    return replace(company, responses=tuple(others), scores={}, rewards_N=())
+
+
+def _place(company: Group, index: int) -> int:
+    return index % max(1, len(company.responses))
 
 
 def _checked_values(group: Group, read: Callable[[], Iterable[Any]]) -> tuple[Score, ...]:
@@ -148,8 +196,11 @@ def score_groups(
     scorers: Sequence[Scorer],
     weights: Mapping[str, float],
     gates: Mapping[str, Gate] = NO_GATES,
+    companies: Sequence[Group] | None = None,
 ) -> list[Group]:
     """The groups with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
+
+    `companies`: of each group's prompt, the answers among which relative scorers judge; none: the group's own.
 
     Raises:
         ValueError: two scorers have one name, or `weights` names none of them.
@@ -157,7 +208,12 @@ def score_groups(
     names = [scorer.name for scorer in scorers]
     if len(set(names)) < len(names):
         raise ValueError(f"scorer names must differ, got {names}")
-    by_scorer = {scorer.name: run_scorer_many(scorer, groups) for scorer in scorers}
+    by_scorer = {
+        scorer.name: run_scorer_many(scorer, groups)
+        if companies is None or not is_relative(scorer)
+        else run_scorer_among(scorer, groups, companies)
+        for scorer in scorers
+    }
     scored = []
     for i, group in enumerate(groups):
         scores = {name: own[i] for name, own in by_scorer.items()}

@@ -27,9 +27,17 @@ def read_items(source: Path) -> list[Item]:
 
 
 def _of_run(source: Path) -> Iterator[tuple[list[Message], list[str]]]:
-    """Groups of all rounds, the newest first: people should judge what the policy says now."""
+    """Groups of all rounds, the newest first: people should judge what the policy says now.
+
+    Not those of held-out prompts (``round-K/eval/groups``): what is learnt from choices must not know them.
+    """
     with Run(source, read_only=True) as run:
-        names = [n for n in run.names("round-") if "/groups/" in n]
+        names = [n for n in run.names("round-") if n.split("/")[1] == "groups"]
+        if not names and any("/eval/groups/" in n for n in run.names("round-")):
+            raise DataError(
+                f"{source}: holds answers to held-out prompts only, which nobody may choose among if the run is to be"
+                " judged by them; sample others with `tao generate`"
+            )
         for name in sorted(names, key=_newest_first):
             for group in table_to_groups(run.read_table(name)):
                 yield list(group.prompt.messages), [r.text for r in group.responses]

@@ -96,6 +96,14 @@ class Judge:
             extra=dict(self.extra),
         )
 
+    @property
+    def relative(self) -> bool:
+        return self.mode != "pointwise"
+
+    @property
+    def largest_group(self) -> int | None:
+        return self.most if self.mode == "listwise" else None
+
     def score(self, group: Group) -> list[Rating]:
         return self.score_many([group])[0]
 

@@ -47,6 +47,10 @@ class Majority(Verifier):
             except regex.error as error:
                 raise ValueError(f"pattern {self.pattern!r}: {error}") from error
 
+    @property
+    def relative(self) -> bool:
+        return True
+
     def score(self, group: Group) -> list[Rating]:
         answers = [self._safe_answer(response) for response in group.responses]
         votes = Counter(a for a in answers if isinstance(a, str))

@@ -71,6 +71,10 @@ class Sql(Verifier):
         room = 4096 if self.engine == "duckdb" else 256  # DuckDB reserves addresses that it does not use
         self._limits = Limits(seconds=self.seconds + 3, memory_mb=self.memory_mb + room)
 
+    @property
+    def relative(self) -> bool:
+        return "majority" in self.levels
+
     def score(self, group: Group) -> list[Rating]:
         try:
             outcomes, gold = self._run(group)
@@ -117,6 +121,8 @@ class Sql(Verifier):
 
     def _rating(self, outcome: dict[str, Any], winners: set[str], gold: dict[str, Any] | None) -> Rating:
         state = outcome["state"]
+        if state == "no_database":
+            return unscored(state, outcome["message"])
         if state in OVER:
             return self.over_limit if self.over_limit is not None else unscored(state, outcome["message"])
         reached = set()
