@@ -82,7 +82,10 @@ def test_says_so_if_it_will_not_fit(tiny_model_dir: Path) -> None:
     tree = {"model": str(tiny_model_dir), "prompts": {"path": "x"}, "scorers": [{"type": "length"}]}
     report = diagnose(Config.model_validate(tree), [Prompt.from_text("Hi.")] * 5)
     report["memory_bytes"], report["estimate"]["peak_memory_bytes"] = 10, 11
+    report["gpu_free_bytes"] = None
     assert "will not fit" in printed(report)
+    report["gpu_free_bytes"] = 12  # then it is the GPU's that counts
+    assert "available on the GPU" in printed(report) and "will not fit" not in printed(report)
 
 
 def test_import_is_light() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, write_prompts
+from tiny import WORDS, tiny_config, write_prompts
 
 from opentao import loop
 from opentao.config import Config
@@ -19,6 +19,7 @@ from opentao.engines.fake import FakeEngine
 from opentao.errors import StoreError
 from opentao.objectives import OBJECTIVES, Objective
 from opentao.progress import Progress
+from opentao.session import open_session
 from opentao.store import Run, table_to_groups
 from opentao.summary import Summary, read
 from opentao.types import Group, Prompt, SamplingPlan
@@ -293,6 +294,43 @@ def test_dies_around_every_entry_of_the_manifest(tree: Tree, tmp_path: Path, mon
     assert {n: b for n, (_, b) in again.files().items()} == {n: b for n, (_, b) in whole.files().items()}
     assert again.summary["policy_hash"] == whole.summary["policy_hash"]
     assert again.summary["rounds"][0]["train"] == whole.summary["rounds"][0]["train"]
+
+
+def test_a_kill_loses_no_costs_of_finished_stages(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the first round's evaluation: what it sampled and trained before is in the summary nevertheless."""
+    whole = go(tmp_path / "whole", tree).summary["rounds"][0]
+    evaluate = loop.evaluate
+
+    def dying(session: Any, round_: int, *args: Any) -> Any:
+        if round_ == 1:
+            monkeypatch.setattr(loop, "evaluate", evaluate)
+            raise Killed
+        return evaluate(session, round_, *args)
+
+    monkeypatch.setattr(loop, "evaluate", dying)
+    with pytest.raises(Killed):
+        go(tmp_path / "killed", tree)
+    again = go(tmp_path / "killed", tree).summary["rounds"][0]
+    assert again["tokens"] == whole["tokens"]
+    assert all(again["tokens"][stage] > 0 and again["seconds"][stage] > 0 for stage in STAGES)
+    assert go(tmp_path / "killed", tree).summary["rounds"][0]["seconds"] == again["seconds"]
+
+
+def test_prompts_that_are_alike_count_together(tree: Tree, tmp_path: Path) -> None:
+    """Held-out prompts in pairs that differ in their last word: half as many independent ones."""
+    heldout = tmp_path / "heldout.jsonl"
+    texts = [" ".join(f"{word}{k}" for word in WORDS) + f" {day}" for k in range(4) for day in ("today", "tomorrow")]
+    heldout.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    tree["prompts"] |= {"heldout_path": str(heldout), "near_duplicate": 0.8}
+    config = Config.model_validate(tree)
+    with open_session(config, tmp_path / "run", Progress(quiet=True)) as session:
+        assert session.alike is not None and len(set(session.alike)) == 4
+        clusters = session.interval_args["clusters"]
+        by_prompt = {p.text: c for p, c in zip(session.heldout, clusters, strict=True)}
+        assert all(by_prompt[a] == by_prompt[b] for a, b in zip(texts[::2], texts[1::2], strict=True))
+    case = go(tmp_path / "run", tree)
+    assert case.summary["intervals_over"] == "clusters of like prompts"
+    assert "bootstrap intervals over clusters of like prompts." in (tmp_path / "run/report.html").read_text()
 
 
 class TestKeepBase:

@@ -27,7 +27,7 @@ RESULTS = HERE.parent / "evidence.json"
 EXAMPLES = HERE.parents[1] / "examples"
 SEEDS = (0, 1, 2)
 BELONGS = ("task", "db_id", "document")  # meta entries of prompts that are told apart, or held out together
-OF_A_PROCESS = ("lock", "owner.json")
+OF_A_PROCESS = ("lock", "owner.json", "spent.json")
 Facts = dict[str, Any]
 
 

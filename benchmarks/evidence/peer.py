@@ -44,7 +44,8 @@ def matches(lab: Lab) -> tuple[Match, ...]:
     """Short prompts: the small tasks, asked of the 135M model; long ones: a recipe by its verifier alone."""
     grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 1e-4, "lora": False}
     short: Facts = {"scorers": small.EXACT, "train.learning_rate": sizes.RATES["135M"]}
-    queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite"}}]
+    levels = {"parses": 0.1, "runs": 0.3, "non_empty": 1.0}  # no votes: TRL's answers are judged in other groups
+    queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite", "levels": levels}}]
     return (
         Match(
             name="small tasks",

@@ -1,4 +1,4 @@
-"""Model size: the same tasks, prompts and settings for decoders of three sizes that are trained here, and for 135M."""
+"""Model size: the same tasks for decoders of two sizes that are trained here, and for 135M, which is shown examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import small
 from decoders import SIZES
 from lab import SEEDS, Facts, Lab
 
-RATES = {"1M": 1e-3, "3M": 1e-3, "135M": 2e-4}
+RATES = {"1M": 4e-4, "3M": 4e-4, "135M": 2e-4}
 
 
 def measure(lab: Lab, train: Facts | None = None) -> None:

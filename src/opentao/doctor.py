@@ -86,6 +86,13 @@ def gpus() -> list[str]:
     return [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
 
 
+def _gpu_free() -> int | None:
+    """Bytes of the first GPU that nothing holds, which is the one a run takes; None without a GPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
+
+
 def machine() -> dict[str, Any]:
     """Everything about this computer, ready for JSON."""
     cache = cache_root()
@@ -95,6 +102,7 @@ def machine() -> dict[str, Any]:
         "cores": num_cores(),
         "memory_bytes": available_memory(),
         "gpus": gpus(),
+        "gpu_free_bytes": _gpu_free(),
         "isolation_lacks": list(missing_layers()),
         "cache": {"folder": str(cache), "models": {name: cache_state(name, verify=True) for name in BUILT_IN}},
         "disk_free_bytes": {"cache": shutil.disk_usage(there).free, "here": shutil.disk_usage(Path.cwd()).free},
@@ -110,7 +118,10 @@ def render(report: dict[str, Any], console: Console) -> None:
         table.add_row(name, value)
     console.print(table)
     if cost := report.get("estimate"):
-        _render_cost(cost, report["memory_bytes"], console)
+        if (gpu := report["gpu_free_bytes"]) is None:
+            _render_cost(cost, report["memory_bytes"], console, "")
+        else:
+            _render_cost(cost, gpu, console, " on the GPU")
 
 
 def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -127,7 +138,8 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _render_cost(cost: dict[str, Any], memory: int | None, console: Console) -> None:
+def _render_cost(cost: dict[str, Any], memory: int | None, console: Console, where: str) -> None:
+    """`memory`: what there is of the kind that the run takes, which `where` names."""
     from rich.table import Table
 
     p = cost["prompts"]
@@ -144,7 +156,7 @@ def _render_cost(cost: dict[str, Any], memory: int | None, console: Console) -> 
     table.add_row("all", "", "", "", f"{sum(cost['minutes'].values()):.1f}", style="bold")
     console.print(table)
     peak = cost["peak_memory_bytes"]
-    console.print(f"Estimated peak memory: {_gigabytes(peak)}, of {_gigabytes(memory)} available")
+    console.print(f"Estimated peak memory: {_gigabytes(peak)}, of {_gigabytes(memory)} available{where}")
     if peak is not None and memory is not None and peak > memory:
         console.print("This will not fit: lower train.row_tokens or generate.batch_responses, or set train.method lora")
 

@@ -38,6 +38,7 @@ def generate(
                     step.advance(1, tokens=sum(len(r.tokens_R) for r in group.responses))
                 run.write_table(name, key, groups_to_table(_in_order(batch, groups)))
             names.append(name)
+    session.spent(folder.partition("/")[0])
     for left_over in set(run.names(f"{folder}/")) - set(names):  # of an earlier config with more prompts
         run.discard(left_over)
     return names

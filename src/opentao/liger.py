@@ -1,7 +1,7 @@
 """Liger's Triton kernels (norms, gated MLP, log-probs) in a model on a GPU, if they are installed.
 
-Optional: ``pip install opentao[gpu]``. The environment's OPENTAO_LIGER=0 leaves them out. What they gain is measured by
-`benchmarks/gpu.py` (dev/LOG.md has the figures).
+Optional: ``pip install '.[gpu]'`` in a checkout. The environment's OPENTAO_LIGER=0 leaves them out. What they gain is
+measured by `benchmarks/gpu.py` (dev/LOG.md has the figures).
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def measure(
     evaluation = evaluate(session, round_, policy, base)
     numbers = round_summary(session, evaluation, earlier[0].evaluation if earlier else evaluation)
     numbers["guard"] = watch(session, evaluation, best_of([o.evaluation for o in earlier] or [evaluation]))
-    numbers |= {"policy": policy.hash, "train": facts} | session.spent()
+    numbers |= {"policy": policy.hash, "train": facts} | session.spent(f"round-{round_}")
     name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key)
     if session.run.have(name, key):  # resumed: what the stages cost when they really ran
         earlier = session.run.read_json(name)

@@ -50,6 +50,8 @@ def score(
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))
+    if group_shards:
+        session.spent(group_shards[0].partition("/")[0])
     return scored
 
 

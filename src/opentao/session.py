@@ -17,12 +17,13 @@ from opentao.prompts import Reading, read_prompts
 from opentao.scorers.plugin import source_file
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import Gate, is_relative, largest_group
-from opentao.split import Split, split, split_given
+from opentao.split import Split, near_duplicates, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
 
 Item = TypeVar("Item")
 
+STAGES = ("generate", "score", "train", "evaluate")
 AUDIT = "audit"  # the audit's label in score files, whatever its own name
 
 
@@ -38,8 +39,9 @@ class Session:
     audit: Scorer | None
     train_prompts: list[Prompt]
     heldout: list[Prompt]
+    alike: list[int] | None  # of each held-out prompt the cluster of near-duplicates; None: no two are alike
     scorers_key: str  # hash of all scorers and of the files they name
-    counted: dict[str, dict[str, float]] = field(default_factory=dict)  # what `spent` has reported so far
+    counted: dict[str, dict[str, float]] = field(default_factory=dict)  # what `spent` has seen; shared by rounds
 
     @property
     def weights(self) -> dict[str, float]:
@@ -51,9 +53,11 @@ class Session:
 
     @property
     def interval_args(self) -> dict[str, Any]:
-        """How intervals over the held-out prompts are made: over what `split_by` names, if it does."""
+        """How intervals over the held-out prompts are made: over what `split_by` names, or clusters of like ones."""
         settings, entry = self.config.evaluate, self.config.prompts.split_by
-        clusters = None if entry is None else [json.dumps(p.meta[entry], sort_keys=True) for p in self.heldout]
+        clusters: Sequence[Any] | None = self.alike
+        if entry is not None:
+            clusters = [json.dumps(p.meta[entry], sort_keys=True) for p in self.heldout]
         return {
             "confidence": settings.confidence,
             "resamples": settings.bootstrap,
@@ -66,14 +70,22 @@ class Session:
         """Does any scorer, the audit among them, judge an answer by the others of its group?"""
         return any(is_relative(s) for s in (*self.scorers, *([self.audit] if self.audit else [])))
 
-    def spent(self) -> dict[str, dict[str, float]]:
-        """Seconds and tokens by stage since the last call."""
-        now = {"seconds": dict(self.progress.seconds), "tokens": dict(self.progress.tokens)}
-        before, self.counted = self.counted, now
-        stages = ("generate", "score", "train", "evaluate")
-        return {
-            what: {s: values.get(s, 0) - before.get(what, {}).get(s, 0) for s in stages} for what, values in now.items()
-        }
+    def spent(self, round_: str) -> dict[str, dict[str, float]]:
+        """Seconds and tokens by stage that a round (``round-1``) has cost so far, earlier starts included.
+
+        Every stage calls it when it ends, so a kill loses what the stage that it struck had spent, and no more.
+        """
+        name = f"{round_}/spent.json"
+        before = self.run.read_json(name) if self.run.have(name) else {}
+        total: dict[str, dict[str, float]] = {}
+        for what, values in (("seconds", self.progress.seconds), ("tokens", self.progress.tokens)):
+            counted = self.counted.setdefault(what, {})
+            new = {stage: values.get(stage, 0) - counted.get(stage, 0) for stage in STAGES}
+            total[what] = {stage: before.get(what, {}).get(stage, 0) + new[stage] for stage in STAGES}
+            counted.update(values)
+        if total != before:
+            self.run.write_json(name, content_hash(total), total)
+        return total
 
     def of_round(self, round_: int) -> Session:
         """The same, with the config by which a round samples and trains."""
@@ -113,8 +125,17 @@ def open_session(
             audit=audit,
             train_prompts=train,
             heldout=heldout,
+            alike=_alike(heldout, config.prompts.near_duplicate),
             scorers_key=content_hash([_fingerprint(s) for s in every]),
         )
+
+
+def _alike(prompts: Sequence[Prompt], threshold: float) -> list[int] | None:
+    clusters = near_duplicates(prompts, threshold)
+    if len(clusters) == len(prompts):
+        return None
+    number = {prompt.id: i for i, cluster in enumerate(clusters) for prompt in cluster}
+    return [number[prompt.id] for prompt in prompts]
 
 
 def _check_group_sizes(config: Config, scorers: Sequence[Scorer]) -> None:

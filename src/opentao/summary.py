@@ -177,7 +177,7 @@ class Summary(Facts):
     baselines: list[Baseline] = []
     prediction: Prediction | None = None
     confidence: float | None = None  # of every interval, e.g. 0.95
-    intervals_over: str = "prompt"  # what is resampled: prompts, or the meta entry of `prompts.split_by`
+    intervals_over: str = "prompt"  # what is resampled: prompts, near-duplicates together, or the meta of `split_by`
 
     @model_validator(mode="after")
     def _best_round_exists(self) -> Summary:

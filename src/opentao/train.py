@@ -232,6 +232,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         return policy, facts
     if not all(run.have(written, key) for written in (name, steps, mismatch)):
         _train_round(session, round_, policy, examples, checkpoint)
+    session.spent(f"round-{round_}")
     checkpoint.discard()
     history = run.read_json(steps)
     facts |= {"steps": len(history), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]}

@@ -13,6 +13,8 @@ from opentao.policy import Policy
 from opentao.session import Session
 from opentao.types import content_hash
 
+ALIKE = "clusters of like prompts"  # what intervals are over if some held-out prompts are near-duplicates
+
 
 def write_summary(
     session: Session,
@@ -50,7 +52,7 @@ def write_summary(
         "baselines": [],
         "prediction": prediction,
         "confidence": session.config.evaluate.confidence,
-        "intervals_over": session.config.prompts.split_by or "prompt",
+        "intervals_over": session.config.prompts.split_by or (ALIKE if session.alike else "prompt"),
     }
     session.run.write_json("summary.json", content_hash(summary), summary)
     return summary

@@ -149,4 +149,4 @@ def _import_duckdb() -> None:
     try:
         import duckdb  # noqa: F401
     except ImportError as error:
-        raise ValueError("engine: duckdb is not installed; pip install 'opentao[duckdb]'") from error
+        raise ValueError("engine: duckdb is not installed; pip install duckdb") from error
