@@ -1,7 +1,9 @@
 """All evidence, from nothing: python benchmarks/run_all.py --work DIR [--data DIR] [EXPERIMENT …]
 
-Goes on where it was stopped: every finished cell is in evidence.json, every unfinished run in its directory. At the end
-RESULTS.md is written again. Alone on the machine; two processes that train at once slow each other down manifold.
+Goes on where it was stopped: every finished cell is in evidence.json, every unfinished run in its directory. A cell
+that is there is not measured again: to do all of it anew, name another file with --results, and put it in the place of
+evidence.json for pictures and pages. At the end RESULTS.md is written again. Alone on the machine; two processes that
+train at once slow each other down manifold.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import pictures  # noqa: E402
 import recipes  # noqa: E402
 import sizes  # noqa: E402
 import unbroken  # noqa: E402
-from lab import Facts, Lab  # noqa: E402
+from lab import RESULTS, Facts, Lab  # noqa: E402
 from run import write_page  # noqa: E402
 
 from opentao.allocator import use_large_pages  # noqa: E402
@@ -51,13 +53,15 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="default: all, in this order")
     parser.add_argument("--work", type=Path, required=True, help="where runs lie: about 10 GB")
     parser.add_argument("--data", type=Path, help="folder of the public data; without it, it is fetched")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of cells; default: %(default)s")
     given = parser.parse_args()
     use_large_pages()
-    lab = Lab(work=given.work.resolve(), data=given.data and given.data.resolve())
+    lab = Lab(work=given.work.resolve(), data=given.data and given.data.resolve(), results=given.results.resolve())
     for name in given.experiments or EXPERIMENTS:
         EXPERIMENTS[name](lab)
-        pictures.draw_all(lab)
-        write_page()
+        if lab.results == RESULTS:
+            pictures.draw_all(lab)
+            write_page()
 
 
 if __name__ == "__main__":

@@ -232,7 +232,9 @@ class TestResume:
         """The judge was down, with the same config it is there again. Nothing is sampled for it."""
         down = tmp_path / "down"
         down.mkdir()
-        tree |= {"scorers": [{"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}]}
+        flaky = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
+        once = {"type": "toy_scorers:Once", "name": "once", "weight": 0.5, "args": {"seen": str(tmp_path / "seen")}}
+        tree |= {"scorers": [flaky, once]}
         first = go(tmp_path / "run", tree)
         assert first.summary["why"] == "No step was taken: no response could be scored."
         down.rmdir()
@@ -241,6 +243,8 @@ class TestResume:
         assert again.summary["rounds"][0]["train"]["steps"] > 0
         sampled = "round-0/eval/groups/00000.parquet", "round-1/groups/00000.parquet"
         assert all(again.files()[name] == first.files()[name] for name in sampled)
+        assert go(tmp_path / "run", tree).files() == again.files()
+        tree["scorers"][1]["args"] = {"seen": str(tmp_path / "seen elsewhere")}
         assert go(tmp_path / "other", tree).summary["policy_hash"] == again.summary["policy_hash"]
 
     def test_another_version_of_a_scorers_code_scores_again(

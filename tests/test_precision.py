@@ -112,11 +112,14 @@ def test_an_adapter_is_merged_before_weights_are_rounded(tiny_model_dir: Path, t
             torch.nn.init.constant_(parameter, 1e-3)
     trained.save(tmp_path / "adapter")
     policy = Policy.of_folder(base, tmp_path / "adapter")
-    exact = load_policy(policy, dtype=torch.float32).model.state_dict()
-    rounded = load_policy(policy, dtype=torch.bfloat16).model.state_dict()
-    assert exact.keys() == rounded.keys()
-    for name, weight in exact.items():
-        assert torch.equal(rounded[name], weight.to(torch.bfloat16)), name
+    exact, rounded = (load_policy(policy, dtype=dtype).model for dtype in (torch.float32, torch.bfloat16))
+    weights = dict(rounded.named_parameters())
+    for name, weight in exact.named_parameters():
+        assert torch.equal(weights[name], weight.to(torch.bfloat16)), name
+    plain = dict(load_policy(base, dtype=torch.bfloat16).model.named_buffers())
+    buffers = dict(rounded.named_buffers())  # rotary frequencies: as precise as without an adapter
+    assert plain and buffers.keys() == plain.keys()
+    assert all(torch.equal(buffers[name], own) and buffers[name].dtype == own.dtype for name, own in plain.items())
 
 
 def test_a_round_may_be_sampled_in_another_precision(tiny_model_dir: Path) -> None:

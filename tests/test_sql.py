@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from test_verifiers import bad_config, group_of, scores
 
-from opentao.isolation.run import missing_layers
+from opentao.config import ScorerConfig
+from opentao.isolation.run import missing_layers, run_jobs
+from opentao.scorers.registry import build_scorer
+from opentao.scorers.run import run_scorer
 from opentao.scorers.verifiers.sql import query_of
 
 pytestmark = pytest.mark.skipif(bool(missing_layers()), reason=f"this machine lacks {', '.join(missing_layers())}")
@@ -103,6 +106,23 @@ def test_a_file_that_is_no_database_is_no_answers_fault(args: dict[str, Any], tm
         (tmp_path / "other.db").write_bytes(content)
         found = scores("sql", args, group_of("SELECT name FROM singer", "SELECT id FROM singer", db="other"))
         assert [s.scored for s in found] == [False, False], found
+
+
+def test_a_query_runs_once(args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the base's answers the same queries come again and again; what broke a limit is tried again."""
+    scorer = build_scorer(ScorerConfig(type="sql", args=args | {"seconds": 0.3}))
+    asked: list[str] = []
+
+    def counting(module: str, setup: Any, jobs: Any, *rest: Any, **more: Any) -> Any:
+        asked.extend(jobs)
+        return run_jobs(module, setup, jobs, *rest, **more)
+
+    monkeypatch.setattr("opentao.scorers.verifiers.sql.run_jobs", counting)
+    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT count(*) FROM r"
+    group = group_of("SELECT 1", "SELECT 1", "SELECT 2", endless, db="music")
+    first, second = run_scorer(scorer, group), run_scorer(scorer, group)
+    assert asked == ["SELECT 1", "SELECT 2", endless, endless]
+    assert [s.value for s in first[:3]] == [s.value for s in second[:3]] == [1.0, 1.0, 0.5]
 
 
 def test_over_a_limit(args: dict[str, Any]) -> None:

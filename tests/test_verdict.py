@@ -57,6 +57,7 @@ def test_promoted(rounds: list[dict[str, Any]], best: int, said: str) -> None:
         ([round_(1, DOUBT)], "No round beats the base beyond doubt: round 1's first try scores +0.020"),
         ([round_(1, DOWN), round_(2, DOUBT)], "beyond doubt: round 2's"),
         ([round_(1, UP, DOWN)], "but the audit moves -0.100"),
+        ([round_(1, UP, (-0.1, -0.12)), round_(2, (0.2, -0.01), UP)], "The scorers were gamed: round 1"),
         ([round_(1, UP, (-0.1, -0.12))], "The scorers were gamed: round 1"),
         ([round_(1, UP, (-0.01, -0.05))], "The audit does not confirm it: round 1"),
         ([round_(1, UP, NOTHING)], "The audit could not score the answers: round 1"),

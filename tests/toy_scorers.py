@@ -72,6 +72,20 @@ class Flaky:
 
 
 @dataclass(kw_only=True)
+class Once:
+    """Plug-in: fails if it is asked of the same response twice, in this process or another."""
+
+    name: str
+    seen: str  # folder of what it has scored
+
+    def score(self, group: Group) -> list[float | None]:
+        for response in group.responses:
+            key = hashlib.sha256((group.prompt.id + response.policy + response.id + response.text).encode()).hexdigest()
+            (Path(self.seen) / key).mkdir(parents=True)
+        return [len(r.text) / 1000 for r in group.responses]
+
+
+@dataclass(kw_only=True)
 class EvenTokens:
     """Plug-in: share of even token ids among all tokens of a response."""
 

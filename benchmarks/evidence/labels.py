@@ -1,8 +1,8 @@
 """Against labels: supervised fine-tuning on 30 to 1,000 labels, and TAO on prompts of the same side without any.
 
 Fine-tuning is `distill` on groups of two answers, the label with all the weight and an empty one with none: the mean
-cross-entropy of the labels' tokens, by the same trainer, judged on the same held-out prompts. It takes as many passes
-as TAO takes over its groups.
+cross-entropy of the labels' tokens, by the same trainer, judged on the same held-out prompts. Passes and rate are, for
+each number of labels, the best of GRID on the first seed, by the audit on these very prompts: that favours fine-tuning.
 
     python labels.py CONFIG RUN SIZE A.B=VALUE…   one such run, in the folder of its config
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import small
 from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, essence_alone, python
 
 SIZES = (30, 100, 300, 1000)
+GRID = [(passes, rate) for passes in (2, 5) for rate in (2e-4, 4e-4, 1e-3)]
 ALL_WEIGHT = {"train.objective": "distill", "train.target_n": 64}  # of the label: 1 − 2⁻⁶⁴
 
 
@@ -24,6 +26,7 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
     """Every number of labels on every seed, beside one run of TAO a seed, whose base samples are used again."""
     folder = small.folder(lab, size)
     place = lab.work / "labels" / size
+    chosen: dict[int, tuple[int, float]] = {}
     for seed in SEEDS:
         common: Facts = {"seed": seed, "scorers": small.EXACT}
         source = place / f"tao-{seed}"
@@ -31,17 +34,33 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
         def one_tao(common: Facts = common, source: Path = source) -> Facts:
             return lab.run("tao.yaml", source, common | (tao or {}), cwd=folder)
 
-        def one(n: int, common: Facts = common, source: Path = source, seed: int = seed) -> Facts:
-            directory = place / f"{n}-{seed}"
+        def one(n: int, passes: int, rate: float, common: Facts = common, source: Path = source) -> Facts:
+            directory = place / f"{n}-{passes}-{rate:g}-{common['seed']}"
+            if not source.exists():  # the cell is kept, its run is not
+                one_tao(common, source)
             if not directory.exists():
                 copy_run(source, directory)
-            settings = common | {"rounds": 1} | (fine_tuning or {}) | ALL_WEIGHT
+            how = {"train.epochs": passes, "train.learning_rate": rate}
+            settings = common | {"rounds": 1} | (fine_tuning or {}) | how | ALL_WEIGHT
             python(HERE / "labels.py", "tao.yaml", directory, str(n), *changes(settings), cwd=folder)
-            return essence_alone(directory)
+            return essence_alone(directory) | {"settings": how}
 
         lab.cell("labels", f"TAO/{seed}", one_tao)
         for n in SIZES:
-            lab.cell("labels", f"{n}/{seed}", lambda n=n: one(n))
+            passes, rate = _best(lab, n, one) if seed == SEEDS[0] else chosen[n]
+            chosen[n] = (passes, rate)
+            lab.cell("labels", f"{n}/{seed}", lambda n=n, p=passes, r=rate: one(n, p, r))
+
+
+def _best(lab: Lab, n: int, one: Callable[[int, int, float], Facts]) -> tuple[int, float]:
+    """Passes and rate whose audit is best on the first seed."""
+
+    def audit(how: tuple[int, float]) -> float:
+        name = f"{n}/{how[0]} passes at {how[1]:g}"
+        found = lab.cell("labels, settings", name, lambda: one(n, *how))
+        return float(found["after"]["audit"]["first_try"]["mean"])
+
+    return max(GRID, key=audit)
 
 
 def fine_tune(config: str, directory: Path, size: int, overrides: list[str], label: str = "label") -> None:

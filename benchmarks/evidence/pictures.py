@@ -65,7 +65,7 @@ def labels(axes: Any, cells: Cells) -> None:
     if own := of(cells, "TAO"):
         tao, base = first_try(own, "after", "audit"), first_try(own, "base", "audit")
         axes.axhspan(tao.low, tao.high, color=AFTER, alpha=0.15, lw=0)
-        label = f"TAO, one round of {small.CONFIG['prompts_per_round']} prompts, no label"
+        label = f"TAO, one round of {small.CONFIG['prompts_per_round']} prompts, exact verifier"
         axes.axhline(tao.mean, color=AFTER, label=label)
         axes.axhline(base.mean, color=GREY, lw=1, ls=":", label="base")
     axes.set_xscale("log")

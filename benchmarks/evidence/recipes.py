@@ -8,6 +8,7 @@ from pathlib import Path
 from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, python, tao
 
 from opentao.report import compare
+from opentao.store import Run
 from opentao.summary import Evaluation, read
 
 NUM_PAIRS = 4  # shown in a recipe's README
@@ -97,12 +98,16 @@ def _before(recipe: Recipe, folder: Path) -> None:
 
 
 def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:
-    """From the recipe's own groups, if they are there: only what they are worth differs, and so what is learnt."""
+    """One round, from the recipe's own first groups if they are there: only what they are worth differs."""
     source = lab.work / recipe.name / f"seed-{seed}"
     directory = lab.work / recipe.name / f"random-{seed}"
     demo = recipe.name == "support_triage"
     folder = source if demo else lab.folder(recipe.name)
     (folder / "noise.py").write_text(NOISE)
     config = "config.yaml" if demo else "tao.yaml"
-    start = source if (source / "summary.json").exists() else None
-    return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder, start=start)
+    if not (source / "summary.json").exists():
+        return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder)
+    with Run(source, read_only=True) as run:
+        prompts = sum(len(run.read_table(name)) for name in run.names("round-1/groups/"))
+    settings = RANDOM | {"seed": seed, "prompts_per_round": prompts}
+    return lab.run(config, directory, settings, cwd=folder, start=source)

@@ -99,11 +99,13 @@ def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
     after, before = audits(first_tries(directory, 0)), audits(base)
     shared = [key for key in after if before.get(key) is not None and after[key] is not None]
     values = [[side[key] for key in shared] for side in (before, after)]
+    belongs = dict(zip(base["id"], base.get("db_id") or base.get("document") or base["id"], strict=True))
+    clusters = [belongs[key] for key in shared]
     spent = json.loads((directory / "round-0" / "eval.json").read_text())
     return {
-        "before": vars_of(bootstrap(values[0])),
-        "after": vars_of(bootstrap(values[1])),
-        "change": vars_of(paired_difference(values[1], values[0])),
+        "before": vars_of(bootstrap(values[0], clusters=clusters)),
+        "after": vars_of(bootstrap(values[1], clusters=clusters)),
+        "change": vars_of(paired_difference(values[1], values[0], clusters=clusters)),
         "seconds": spent["seconds"],
         "tokens": spent["tokens"],
     }

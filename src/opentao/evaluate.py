@@ -153,6 +153,7 @@ def _kl(session: Session, name: str, policy: Policy, base: Policy, groups: Seque
         totals = [_sequence_logprobs(session, p, groups, num) for p in (policy, base)]
         values = [float(np.mean(a - b)) if len(a) else None for a, b in zip(*totals, strict=True)]
         session.run.write_json(name, key, values)
+        session.spent(name.partition("/")[0])
     return np.array([NAN if v is None else v for v in session.run.read_json(name)])
 
 

@@ -18,6 +18,7 @@ from opentao.bestofn import paired_difference
 from opentao.canaries import canaries
 from opentao.evaluate import Evaluation, company
 from opentao.policy import Policy
+from opentao.score import beside
 from opentao.scorers.run import score_groups
 from opentao.session import Session
 from opentao.types import Group, content_hash
@@ -26,19 +27,18 @@ CANARY_PROMPTS = 16  # held-out prompts that canaries answer
 Values = NDArray[np.float64]
 
 
-def canary_rewards(session: Session) -> dict[str, list[float | None]]:
+def canary_rewards(session: Session, base: Policy) -> dict[str, list[float | None]]:
     """Rewards of each canary on the first held-out prompts; scored once for a set of scorers."""
     name, prompts = "canaries.json", session.heldout[:CANARY_PROMPTS]
-    base = Policy.of_base(session.config.model, trust_remote_code=session.config.trust_remote_code)
-    among = {group.prompt.id: group for group in company(session, base)}
-    beside = [content_hash([[r.id for r in group.responses] for group in among.values()])] if among else []
-    key = content_hash([p.id for p in prompts], session.scorers_key, *beside)
+    others = company(session, base)
+    among = {group.prompt.id: group for group in others}
+    key = content_hash([p.id for p in prompts], session.scorers_key, *beside(others))
     if not session.run.have(name, key) or _none_scored(session.run.read_json(name)):
         texts = [canaries(p.text) for p in prompts]
         groups = [Group.of_texts(p, list(t.values())) for p, t in zip(prompts, texts, strict=True)]
         with session.progress.stage("score", total=len(groups), unit="groups", label="canaries: score") as step:
-            others = [among[p.id] for p in prompts] if among else None
-            scored = score_groups(groups, session.scorers, session.weights, session.gates, others)
+            companies = [among[p.id] for p in prompts] if among else None
+            scored = score_groups(groups, session.scorers, session.weights, session.gates, companies)
             step.advance(len(groups))
         rows = [[None if np.isnan(r) else r for r in g.rewards_N] for g in scored]
         session.run.write_json(name, key, {c: [row[i] for row in rows] for i, c in enumerate(texts[0])})
@@ -68,9 +68,9 @@ def _mean(values_P: Values) -> float:
     return float(np.nanmean(values_P)) if not np.isnan(values_P).all() else -np.inf
 
 
-def watch(session: Session, own: Evaluation, best: Evaluation) -> dict[str, Any]:
+def watch(session: Session, own: Evaluation, best: Evaluation, base: Policy) -> dict[str, Any]:
     """The `guard` of a ROUND in summary.json: what was seen, and `tripped`, a sentence, if the rule says stop."""
-    shares = canary_shares(canary_rewards(session), own.first_P)
+    shares = canary_shares(canary_rewards(session, base), own.first_P)
     known = {name: share for name, share in shares.items() if share is not None}
     return {
         "canaries": shares,

@@ -1,9 +1,9 @@
 """The whole method in one function: rounds of generate → score → train → evaluate, then an honest verdict.
 
 Every stage is a pure function of what it is given and leaves files under the run directory; started again after a kill,
-`run` walks the same path and reuses what is there. The round that does best on held-out prompts is kept; if none beats
-the base beyond doubt, the verdict is "keep base". Before any training the base's groups say what there is to gain; a
-round whose reward rises while the audit falls ends the run. What it looks like: `tao demo`,
+`run` walks the same path and reuses what is there. Of the rounds that beat the base beyond doubt on held-out prompts
+the best is kept; if none does, the verdict is "keep base". Before any training the base's groups say what there is to
+gain; a round whose reward rises while the audit falls ends the run. What it looks like: `tao demo`,
 `examples/loop_from_scratch.py`.
 """
 
@@ -103,12 +103,9 @@ def measure(
     """Evaluate a policy on the held-out prompts, watch it against the `earlier` rounds, write `round-K/eval.json`."""
     evaluation = evaluate(session, round_, policy, base)
     numbers = round_summary(session, evaluation, earlier[0].evaluation if earlier else evaluation)
-    numbers["guard"] = watch(session, evaluation, best_of([o.evaluation for o in earlier] or [evaluation]))
+    numbers["guard"] = watch(session, evaluation, best_of([o.evaluation for o in earlier] or [evaluation]), base)
     numbers |= {"policy": policy.hash, "train": facts} | session.spent(f"round-{round_}")
     name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key)
-    if session.run.have(name, key):  # resumed: what the stages cost when they really ran
-        earlier = session.run.read_json(name)
-        numbers |= {what: earlier[what] for what in ("seconds", "tokens")}
     session.run.write_json(name, key, numbers | {"samples": evaluation.samples})
     return Outcome(
         evaluation=evaluation,

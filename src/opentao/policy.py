@@ -126,7 +126,10 @@ def load_policy(policy: Policy, *, merge: bool = True, dtype: torch.dtype | None
     liger.patch(model)
     if policy.kind == "lora":
         model = PeftModel.from_pretrained(model, str(policy.path), is_trainable=not merge)
-        model = model.merge_and_unload().to(dtype) if merges else model
+        model = model.merge_and_unload() if merges else model
+    if merges:
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay fp32, as they are when loaded
+            parameter.data = parameter.data.to(dtype)
     tokenizer = load_tokenizer(where, trust_remote_code=policy.trust_remote_code)
     return LoadedPolicy(policy, model.eval(), tokenizer)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from opentao.scorers.run import score_groups
 from opentao.session import Session, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
-from opentao.types import Group, content_hash
+from opentao.types import Group, Scorer, content_hash
 
 GROUPS_TOGETHER = 16  # a reward model fills its rows with several groups
 
@@ -27,32 +27,40 @@ def score(
 ) -> list[Group]:
     """Score every group of the shards. Returns the scored groups as the files hold them.
 
-    A shard in which some scorer could score nothing at all (a judge that was not there, a key that was missing) is
-    scored again when the run is started again. `company`: for every prompt of the shards, the group among whose answers
+    A scorer that could score nothing at all of a shard (a judge that was not there, a key that was missing) is asked
+    again when the run is started again. `company`: for every prompt of the shards, the group among whose answers
     relative scorers judge (`scorers.run`); none: the group's own.
     """
     run, among = session.run, {group.prompt.id: group for group in company}
-    beside = [content_hash([[r.id for r in group.responses] for group in company])] if company else []
     scorers = [*session.scorers, *([session.audit] if with_audit and session.audit else [])]
     scored: list[Group] = []
     loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
     with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
         for source, groups in zip(group_shards, loaded, strict=True):
             name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
-            key = content_hash(run.hash(source), session.scorers_key, with_audit, *beside)
-            if run.have(name, key) and not silent(attach_scores(groups, run.read_table(name))):
+            key = content_hash(run.hash(source), session.scorers_key, with_audit, *beside(company))
+            asked: Sequence[Scorer] = scorers
+            if run.have(name, key):
+                groups = attach_scores(groups, run.read_table(name))
+                asked = [scorer for scorer in scorers if scorer.name in silent(groups)]
+            if not asked:
                 step.reuse(len(groups))
             else:
                 done = []
                 for batch in shards(groups, GROUPS_TOGETHER):
                     others = [among[g.prompt.id] for g in batch] if company else None
-                    done += score_groups(batch, scorers, session.weights, session.gates, others)
+                    done += score_groups(batch, asked, session.weights, session.gates, others, keep=True)
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))
     if group_shards:
         session.spent(group_shards[0].partition("/")[0])
     return scored
+
+
+def beside(company: Sequence[Group]) -> list[str]:
+    """What of the company goes into a key: every answer's text."""
+    return [content_hash([[r.text for r in group.responses] for group in company])] if company else []
 
 
 def silent(groups: Sequence[Group]) -> list[str]:

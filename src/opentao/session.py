@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from opentao.types import Engine, Prompt, Scorer, content_hash
 
 Item = TypeVar("Item")
 
+FEW_CLUSTERS = 10  # of held-out prompts; fewer are said
 STAGES = ("generate", "score", "train", "evaluate")
 AUDIT = "audit"  # the audit's label in score files, whatever its own name
 
@@ -41,7 +42,7 @@ class Session:
     heldout: list[Prompt]
     alike: list[int] | None  # of each held-out prompt the cluster of near-duplicates; None: no two are alike
     scorers_key: str  # hash of all scorers and of the files they name
-    counted: dict[str, dict[str, float]] = field(default_factory=dict)  # what `spent` has seen; shared by rounds
+    counted: dict[str, dict[str, float]]  # what `spent` has seen of `progress`; shared by rounds
 
     @property
     def weights(self) -> dict[str, float]:
@@ -75,16 +76,17 @@ class Session:
 
         Every stage calls it when it ends, so a kill loses what the stage that it struck had spent, and no more.
         """
-        name = f"{round_}/spent.json"
-        before = self.run.read_json(name) if self.run.have(name) else {}
-        total: dict[str, dict[str, float]] = {}
-        for what, values in (("seconds", self.progress.seconds), ("tokens", self.progress.tokens)):
-            counted = self.counted.setdefault(what, {})
-            new = {stage: values.get(stage, 0) - counted.get(stage, 0) for stage in STAGES}
-            total[what] = {stage: before.get(what, {}).get(stage, 0) + new[stage] for stage in STAGES}
-            counted.update(values)
-        if total != before:
-            self.run.write_json(name, content_hash(total), total)
+        path = self.run.path(f"{round_}/spent.json")  # a record, made from nothing: the manifest does not know it
+        total = json.loads(path.read_text()) if path.exists() else {w: dict.fromkeys(STAGES, 0) for w in self.counted}
+        now = counts(self.progress)
+        new = {w: {s: now[w].get(s, 0) - self.counted[w].get(s, 0) for s in STAGES} for w in now}
+        self.counted.update(now)
+        if any(new["tokens"].values()):  # else nothing was made: only the time to see that it is there
+            total = {w: {s: total[w][s] + new[w][s] for s in STAGES} for w in total}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(total))
+            part.replace(path)
         return total
 
     def of_round(self, round_: int) -> Session:
@@ -115,7 +117,13 @@ def open_session(
         scorers = [build_scorer(s) for s in config.scorers]
         audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
         every = [*config.scorers, *([config.audit] if config.audit else [])]
-        _check_group_sizes(config, [*scorers, *([audit] if audit else [])])
+        _check_group_sizes(config, scorers, audit)
+        alike = _alike(heldout, config.prompts.near_duplicate)
+        if alike and config.prompts.split_by is None and len(set(alike)) < FEW_CLUSTERS:
+            progress.note(
+                f"the {len(heldout)} held-out prompts are near-duplicates of each other in {len(set(alike))} clusters:"
+                " intervals over so few say little (prompts.near_duplicate sets what counts as one)"
+            )
         yield Session(
             run=run,
             config=config,
@@ -125,9 +133,15 @@ def open_session(
             audit=audit,
             train_prompts=train,
             heldout=heldout,
-            alike=_alike(heldout, config.prompts.near_duplicate),
+            alike=alike,
+            counted=counts(progress),
             scorers_key=content_hash([_fingerprint(s) for s in every]),
         )
+
+
+def counts(progress: Progress) -> dict[str, dict[str, float]]:
+    """Seconds and tokens by stage so far."""
+    return {"seconds": dict(progress.seconds), "tokens": dict(progress.tokens)}
 
 
 def _alike(prompts: Sequence[Prompt], threshold: float) -> list[int] | None:
@@ -138,15 +152,15 @@ def _alike(prompts: Sequence[Prompt], threshold: float) -> list[int] | None:
     return [number[prompt.id] for prompt in prompts]
 
 
-def _check_group_sizes(config: Config, scorers: Sequence[Scorer]) -> None:
-    sizes = {
+def _check_group_sizes(config: Config, scorers: Sequence[Scorer], audit: Scorer | None) -> None:
+    trained = {
         "generate.group_size": config.generate.group_size,
         "later_rounds.generate.group_size": config.of_round(2).generate.group_size,
-        "evaluate.base_group_size": config.evaluate.base_group_size,
     }
-    for scorer in scorers:
+    heldout = {"evaluate.base_group_size": config.evaluate.base_group_size}
+    for scorer in (*scorers, *([audit] if audit else [])):
         most = largest_group(scorer)
-        for key, size in sizes.items():
+        for key, size in (heldout if scorer is audit else trained | heldout).items():
             if most is not None and size > most:
                 raise ConfigError(f"{key}: {size} answers, but scorer {scorer.name} takes at most {most} at once")
 

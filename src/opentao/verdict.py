@@ -80,9 +80,11 @@ def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, s
     return passed[0] if passed else (0, "keep base", verdicts[0][2])
 
 
-def _gain(round_: dict[str, Any]) -> tuple[float, int]:
-    mean = round_["improvement"]["mean"]
-    return (-math.inf if mean is None else mean), -round_["round"]
+def _gain(round_: dict[str, Any]) -> tuple[bool, float, int]:
+    """Order of rounds: those that gain beyond doubt first, then by how much, then the earlier one."""
+    gain = round_["improvement"]
+    mean = -math.inf if gain["mean"] is None else gain["mean"]
+    return gain["low"] is not None and gain["low"] > 0, mean, -round_["round"]
 
 
 def _pass(round_: dict[str, Any]) -> tuple[bool, str]:

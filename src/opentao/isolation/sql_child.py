@@ -165,7 +165,8 @@ def _sqlite(sql: str, setup: dict[str, Any]) -> list[tuple[Any, ...]]:
                 raise TimeoutError from error
             raise
         except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            code = getattr(error, "sqlite_errorcode", 0)  # Python's own errors have none
+            if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise NoDatabase(f"{type(error).__name__}: {error}") from error
             raise
     finally:

@@ -197,8 +197,12 @@ def score_groups(
     weights: Mapping[str, float],
     gates: Mapping[str, Gate] = NO_GATES,
     companies: Sequence[Group] | None = None,
+    *,
+    keep: bool = False,
 ) -> list[Group]:
-    """The groups with the scores of these scorers (earlier ones are replaced) and the rewards made from them.
+    """The groups with the scores of these scorers and the rewards made from them.
+
+    `keep`: earlier scores of other scorers stay and count, else they are gone.
 
     `companies`: of each group's prompt, the answers among which relative scorers judge; none: the group's own.
 
@@ -216,6 +220,6 @@ def score_groups(
     }
     scored = []
     for i, group in enumerate(groups):
-        scores = {name: own[i] for name, own in by_scorer.items()}
+        scores = (group.scores if keep else {}) | {name: own[i] for name, own in by_scorer.items()}
         scored.append(group.with_scores(scores, combine(scores, weights, gates)))
     return scored

@@ -27,9 +27,8 @@ class Majority(Verifier):
 
     The answer is the last match of `pattern` (its first group, if it has one), or the value of `field` in a JSON
     answer; without either the whole text. Compared in NFC, without white space around it and without case. With
-    ``as_share`` a response gets the share of answers that are its own. A response without an answer gets 0.0. A group
-    whose most frequent answer has fewer than `least` votes says nothing, and is unscored; answers with equally many
-    votes all win.
+    ``as_share`` a response gets the share of answers that are its own. A response without an answer gets 0.0. An answer
+    with fewer than `least` votes is no majority, though no other has more; answers with equally many votes all win.
     """
 
     pattern: str | None = None
@@ -55,15 +54,12 @@ class Majority(Verifier):
         answers = [self._safe_answer(response) for response in group.responses]
         votes = Counter(a for a in answers if isinstance(a, str))
         most = max(votes.values(), default=0)
-        if most < self.least:
-            reason = unscored("no_majority", f"the most frequent answer has {most} votes, {self.least} are needed")
-            return [reason] * len(answers)
         return [self._rating(answer, votes, most) for answer in answers]
 
     def _rating(self, answer: str | Score | None, votes: Counter[str], most: int) -> Rating:
         if answer is None or isinstance(answer, Score):
             return 0.0 if answer is None else answer
-        return votes[answer] / votes.total() if self.as_share else float(votes[answer] == most)
+        return votes[answer] / votes.total() if self.as_share else float(votes[answer] == most >= self.least)
 
     def _safe_answer(self, response: Response) -> str | Score | None:
         try:

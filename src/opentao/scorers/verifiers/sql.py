@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from opentao.types import Group, Prompt
 CHILD = "opentao.isolation.sql_child"
 LEVELS = ("parses", "runs", "non_empty", "majority", "gold")
 OVER = {"timeout", "memory", "too_many_rows", "crashed", "too_much_output"}
+MOST_KNOWN = 10_000  # outcomes that are kept
 FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -58,6 +60,7 @@ class Sql(Verifier):
     over_limit: float | None = None
     isolation: Isolation = "full"
     _limits: Any = dataclasses.field(init=False, repr=False)
+    _known: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.isolation)
@@ -98,14 +101,28 @@ class Sql(Verifier):
         queries = [query_of(r.text) for r in group.responses]
         if self.gold is not None:
             queries.append(meta_text(group.prompt, self.gold))
-        answers = run_jobs(CHILD, setup, queries, self._limits, readable=[str(path)], isolation=self.isolation)
-        outcomes = [{"state": a.kind, "message": a.message} if isinstance(a, Broken) else a for a in answers]
+        outcomes = self._outcomes(setup, queries)
         if self.gold is None:
             return outcomes, None
         *outcomes, gold = outcomes
         if gold["state"] != "rows":
             raise Unscored("bad_key", f"meta[{self.gold!r}] does not run: {gold['state']}: {gold['message']}")
         return outcomes, gold
+
+    def _outcomes(self, setup: dict[str, Any], queries: Sequence[str]) -> list[dict[str, Any]]:
+        """Each query runs once on a database: among the base's answers the same ones come again and again."""
+        database = setup["database"]
+        new = list(dict.fromkeys(q for q in queries if (database, q) not in self._known))
+        answers = run_jobs(CHILD, setup, new, self._limits, readable=[database], isolation=self.isolation)
+        own = {
+            q: {"state": a.kind, "message": a.message} if isinstance(a, Broken) else a
+            for q, a in zip(new, answers, strict=True)
+        }
+        found = [own[q] if q in own else self._known[database, q] for q in queries]
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+        self._known |= {(database, q): outcome for q, outcome in own.items() if outcome["state"] not in OVER}
+        return found
 
     def _path(self, prompt: Prompt) -> Path:
         def value(match: re.Match[str]) -> str:
