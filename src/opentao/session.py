@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,9 +40,10 @@ class Session:
     audit: Scorer | None
     train_prompts: list[Prompt]
     heldout: list[Prompt]
-    alike: list[int] | None  # of each held-out prompt the cluster of near-duplicates; None: no two are alike
     scorers_key: str  # hash of all scorers and of the files they name
-    counted: dict[str, dict[str, float]]  # what `spent` has seen of `progress`; shared by rounds
+    alike: list[int] | None = None  # of each held-out prompt the cluster of near-duplicates; None: no two are alike
+    counted: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "tokens": {}})
+    """What `spent` has seen of `progress`; shared by rounds."""
 
     @property
     def weights(self) -> dict[str, float]:
