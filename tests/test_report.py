@@ -91,6 +91,18 @@ def test_pictures(tmp_path):
     assert "Reward of the best of k tries, before and after" in labels
 
 
+def test_every_picture_says_over_how_many_prompts(tmp_path):
+    """Reward and audit may judge different held-out prompts."""
+    own = summary()
+    assert "Mean over n = 64 held-out prompts" in report(write_run(tmp_path / "same", own)).text
+    for round_ in (own["base"], *own["rounds"]):
+        round_["audit"]["first_try"]["n"] = 30
+    write_run(tmp_path / "other", own)
+    text = report(tmp_path / "other").text
+    assert "Mean over n = 64, 30 (from left to right) held-out prompts" in text
+    assert "n = 64, 30, 64 (from left to right);" in text
+
+
 def test_predicted_and_achieved(tmp_path):
     text = report(write_run(tmp_path, summary())).text
     assert "if all of best-of-16 is baked" in text
