@@ -45,7 +45,14 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
             python(HERE / "labels.py", "tao.yaml", directory, str(n), *changes(settings), cwd=folder)
             return essence_alone(directory) | {"settings": how}
 
+        def by_choices(common: Facts = common, source: Path = source) -> Facts:
+            small.preferences(lab, size)
+            scorers = [{"type": "reward_model", "args": {"model": "reward", "squash": True}}]
+            settings = common | (tao or {}) | {"scorers": scorers}
+            return lab.run("tao.yaml", place / f"choices-{common['seed']}", settings, cwd=folder, start=source)
+
         lab.cell("labels", f"TAO/{seed}", one_tao)
+        lab.cell("labels", f"TAO by choices/{seed}", by_choices)
         for n in SIZES:
             passes, rate = _best(lab, n, one) if seed == SEEDS[0] else chosen[n]
             chosen[n] = (passes, rate)
