@@ -103,6 +103,31 @@ def test_an_adapter_on_packed_weights_learns_and_is_saved_alike(
     assert found[True][2] == found[False][2]
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "vendor", "expected"),
+    [
+        ({"avx512_bf16": True}, "AuthenticAMD", True),
+        ({"avx512_bf16": True}, "GenuineIntel", False),  # at half the speed of fp32
+        ({"avx512_bf16": True, "amx_bf16": True}, "GenuineIntel", True),
+        ({"amx_bf16": True}, "GenuineIntel", True),
+        ({"avx512_bf16": False}, "AuthenticAMD", False),
+        ({}, "", False),
+    ],
+)
+def test_bf16_where_it_is_faster(
+    capabilities: dict[str, bool], vendor: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: x\n")
+    monkeypatch.delenv("OPENTAO_BF16", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    intel = policy_module.intel
+    monkeypatch.setattr(policy_module, "intel", lambda: intel(cpuinfo))
+    assert policy_module.native_bf16(torch.device("cpu")) is expected
+    monkeypatch.setenv("OPENTAO_BF16", "0")
+    assert policy_module.native_bf16(torch.device("cpu")) is False
+
+
 def test_an_adapter_is_merged_before_weights_are_rounded(tiny_model_dir: Path, tmp_path: Path) -> None:
     """An update of less than half a step of bf16 must not vanish on each weight: only the sum is rounded."""
     base = Policy.of_base(str(tiny_model_dir))

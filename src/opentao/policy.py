@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +99,10 @@ def free_memory() -> None:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AVX512-BF16 or AMX.
+    """True if bf16 matrix products are faster than fp32 here: GPUs, and CPUs with AMX, or AMD's with AVX512-BF16.
+
+    Intel's with AVX512-BF16 alone have it in name: half the speed of fp32 (dev/LOG.md). A rule and no measurement, so
+    that a run that is started again takes the same precision.
 
     The environment's OPENTAO_BF16=0 says no, for results that are to be compared with those of other hardware.
     """
@@ -107,7 +111,16 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel()))
+
+
+@cache
+def intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Is this one of Intel's processors?"""
+    try:
+        return "GenuineIntel" in cpuinfo.read_text()
+    except OSError:
+        return "Intel" in platform.processor()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
