@@ -24,23 +24,17 @@ import pictures  # noqa: E402
 import recipes  # noqa: E402
 import sizes  # noqa: E402
 import unbroken  # noqa: E402
-from lab import RESULTS, Facts, Lab  # noqa: E402
+from lab import RESULTS, Lab  # noqa: E402
 from run import write_page  # noqa: E402
+from small import TRAIN  # noqa: E402
 
 from opentao.allocator import use_large_pages  # noqa: E402
 
-# Of decoders that are trained here, for all experiments but `objectives`; how it was found stands in dev/LOG.md.
-SMALL: Facts = {
-    "train.objective": "distill",
-    "train.learning_rate": 4e-4,
-    "train.schedule": "linear",
-    "train.epochs": 2,
-}
 EXPERIMENTS: dict[str, Callable[[Lab], object]] = {
-    "labels": lambda lab: labels.measure(lab, "1M", SMALL, SMALL),
-    "compute": lambda lab: compute.measure(lab, "1M", SMALL),
-    "multi-task": lambda lab: multi.measure(lab, "1M", SMALL),
-    "sizes": lambda lab: sizes.measure(lab, SMALL),
+    "labels": lambda lab: labels.measure(lab, "1M", TRAIN, TRAIN),
+    "compute": lambda lab: compute.measure(lab, "1M", TRAIN),
+    "multi-task": lambda lab: multi.measure(lab, "1M", TRAIN),
+    "sizes": lambda lab: sizes.measure(lab, TRAIN),
     "objectives": lambda lab: objectives.measure(lab, objectives.small_task(lab, "1M")),
     "recipes": lambda lab: recipes.measure(lab, [r.name for r in recipes.RECIPES]),
     "unbroken": lambda lab: unbroken.measure(lab, [r.name for r in recipes.RECIPES]),

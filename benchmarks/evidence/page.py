@@ -217,8 +217,9 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from (
         "### Against labels",
         "",
-        "TAO's 96 prompts have no label, but its scorer is a program that knows right from wrong; in the second row it "
-        "is a reward model of 300 choices between right and wrong answers. Fine-tuning is at its best of the passes "
+        f"TAO's {small.CONFIG['prompts_per_round']} prompts have no label, but its scorer is a program that knows "
+        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right and "
+        "wrong answers. Fine-tuning is at its best of the passes "
         "and rates that were tried for each number of labels, on these questions.",
         "",
     )
@@ -230,7 +231,7 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
     rows |= {f"{n} labels": of(cells, str(n)) for n in LABELS}
     for name, own in rows.items():
         if own:
-            how = own[0].get("settings", {})
+            how = own[0].get("settings", small.TRAIN)
             yield _row(
                 name,
                 number(first_try(own, "after", "audit")),
@@ -238,7 +239,7 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
                 _less(own, of(cells, "TAO")),
                 f"{worst(own, 'audit'):+.3f}",
                 f"{average(own, 'kl'):.2f}",
-                f"{how['train.epochs']}, {how['train.learning_rate']:g}" if how else "2, 0.0004",
+                f"{how['train.epochs']}, {how['train.learning_rate']:g}",
             )
     yield ""
 
@@ -269,7 +270,8 @@ def compute(cells: Cells, lab: Lab) -> Iterator[str]:
 def multi(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from ("### One run over three tasks", "")
     yield from (
-        "A run of its own is judged on 120 held-out questions of its task, the run for all on those of 120 mixed ones.",
+        f"A run of its own is judged on {small.CONFIG['prompts']['max_heldout']} held-out questions of its task, the "
+        "run for all on its share of as many mixed ones.",
         "",
     )
     yield from _head("task", "before", "after, one run for all", "gain", "before", "after, a run of its own", "gain")
@@ -368,8 +370,8 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
         "### Against TRL's GRPOTrainer",
         "",
         "Seconds of training until the first policy that is as good as the base's best of 8, seed by seed; judged were "
-        "ours after each round and four of TRL's, evenly over its time. OpenTAO multiplies in bf16 where the CPU does, "
-        "as by default; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly luck.",
+        "ours after each round and four of TRL's, evenly over its time. OpenTAO multiplied in bf16, as it did by "
+        "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly luck.",
         "",
     )
     yield from _head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")

@@ -28,6 +28,12 @@ CONFIG: Facts = {
     "generate": {"group_size": 8, "temperature": 1.0, "max_new_tokens": 24},
     "evaluate": {"base_group_size": 16, "group_size": 8},
 }
+TRAIN: Facts = {  # of all experiments but `objectives`; how it was found stands in dev/LOG.md
+    "train.objective": "distill",
+    "train.learning_rate": 4e-4,
+    "train.schedule": "linear",
+    "train.epochs": 2,
+}
 SHOWN = [  # to the 135M model, which would answer in sentences; the decoders know nothing but these tasks
     turn
     for question, answer in (
