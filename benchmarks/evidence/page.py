@@ -218,8 +218,8 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
         "### Against labels",
         "",
         f"TAO's {small.CONFIG['prompts_per_round']} prompts have no label, but its scorer is a program that knows "
-        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right and "
-        "wrong answers. Fine-tuning is at its best of the passes "
+        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right "
+        "and wrong answers. Fine-tuning is at its best of the passes "
         "and rates that were tried for each number of labels, on these questions.",
         "",
     )
@@ -371,7 +371,8 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
         "",
         "Seconds of training until the first policy that is as good as the base's best of 8, seed by seed; judged were "
         "ours after each round and four of TRL's, evenly over its time. OpenTAO multiplied in bf16, as it did by "
-        "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly luck.",
+        "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly "
+        "luck.",
         "",
     )
     yield from _head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")
