@@ -209,10 +209,10 @@ def evidence_sections() -> list[str]:
     """What `benchmarks/run_all.py` measured, if it did."""
     sys.path.insert(0, str(HERE / "evidence"))
     from lab import Lab
-    from page import sections
+    from page import evidence
 
     sys.path.pop(0)
-    return sections(Lab(work=HERE))
+    return evidence(Lab(work=HERE))
 
 
 def evidence_documents() -> dict[Path, str]:

@@ -168,7 +168,7 @@ def test_the_page_shows_what_was_measured(lab: labs.Lab) -> None:
         lab.cell("recipes", f"text_to_sql/{seed}", lambda made=made: dict(made))
         lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: dict(made))
         lab.cell("compute", f"8/{seed}", lambda made=made: {str(r): made for r in compute.ROUNDS})
-    text = "\n".join(page.sections(lab))
+    text = "\n".join(page.evidence(lab))
     assert "| text_to_sql (3 seeds) | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
     assert "| 0.750 (0.750 to 0.750) | 0.900 |" in text  # after, best of 16
     assert "not run" in text

@@ -29,6 +29,7 @@ SEEDS = (0, 1, 2)
 BELONGS = ("task", "db_id", "document")  # meta entries of prompts that are told apart, or held out together
 OF_A_PROCESS = ("lock", "owner.json", "spent.json")
 Facts = dict[str, Any]
+Cells = dict[str, Facts]  # name -> what was measured
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,11 +9,11 @@ from typing import Any
 import small
 from compute import GROUP_SIZES, ROUNDS
 from decoders import SIZES as DECODERS
-from lab import Facts, Lab
+from lab import Cells, Facts, Lab
 from labels import SIZES as LABELS
 from objectives import REWARDS, VARIANTS
-from page import PICTURES, Cells, of
-from pooled import first_try
+from page import PICTURES
+from pooled import first_try, of
 from recipes import RECIPES
 
 from opentao.bestofn import Interval

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from lab import Facts
+from lab import SEEDS, Cells, Facts
 
 from opentao.bestofn import Interval, bootstrap
 
@@ -66,3 +66,21 @@ def _interval(by_prompt: dict[str, tuple[float, str]]) -> Interval:
 def _bootstrap(values: tuple[tuple[float, str], ...]) -> Interval:
     """Several tables and pages show the same interval."""
     return bootstrap([value for value, _ in values], clusters=[of for _, of in values])
+
+
+def of(cells: Cells, name: str) -> list[Facts]:
+    """The cells ``name/SEED`` that are there."""
+    return [cells[f"{name}/{seed}"] for seed in SEEDS if f"{name}/{seed}" in cells]
+
+
+def average(cells: Sequence[Facts], what: str, side: str = "after") -> float:
+    return float(sum(c[side][what]["mean"] for c in cells) / len(cells))
+
+
+def seeds(cells: Sequence[Facts]) -> str:
+    return f"{len(cells)} seed{'s' * (len(cells) > 1)}"
+
+
+def verdicts(cells: Sequence[Facts]) -> str:
+    kept = sum(c["verdict"] == "promote" for c in cells)
+    return f"promote {kept} of {len(cells)}"

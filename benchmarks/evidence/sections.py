@@ -1,0 +1,261 @@
+"""A section of RESULTS.md for each experiment that is not a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import small
+from compute import GROUP_SIZES, ROUNDS, TARGETS
+from decoders import SIZES as DECODERS
+from lab import Cells, Facts, Lab
+from labels import SIZES as LABELS
+from objectives import REWARDS, VARIANTS
+from peer import reached
+from pooled import average, first_try, gain, of, verdicts, worst
+from rows import after, head, less, number, row, signed
+from tasks import TASKS
+
+from opentao.bestofn import Interval
+
+
+def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "All objectives get the same stored groups and two passes over them, so GRPO and its kin are not fresh at "
+        "every step here. Learning rates were chosen on seed 0 with the exact verifier, on these held-out questions, "
+        "among two or three for each objective (dev/LOG.md); those of distill, prefer and regress value lie at the "
+        "upper end of what was tried. So the order of those that lie close together is not settled.",
+        "",
+    )
+    for task in sorted({name.split("/")[0] for name in cells}):
+        for reward in REWARDS:
+            found = {v: own for v in VARIANTS if (own := of(cells, f"{task}/{reward}/{v}"))}
+            if not found:
+                continue
+            yield from (f"### Objectives at equal compute: {task}, reward {reward}", "")
+            yield from head(
+                "objective",
+                "reward",
+                "audit",
+                "audit gain",
+                "audit less that of regress",
+                "worst seed",
+                "KL",
+                "tokens",
+                "training s",
+                "verdicts",
+            )
+            for variant, own in found.items():
+                yield row(
+                    variant,
+                    number(first_try(own, "after", "reward")),
+                    number(first_try(own, "after", "audit")),
+                    signed(gain(own, "audit")),
+                    less(own, found.get("regress")),
+                    f"{worst(own, 'audit'):+.3f}",
+                    f"{average(own, 'kl'):.2f}",
+                    f"{average(own, 'length'):.1f}",
+                    f"{sum(c['seconds']['train'] for c in own) / len(own):.1f}",
+                    verdicts(own),
+                )
+            yield ""
+            if all("task" in own[0]["first_tries"]["base"] for own in found.values()):
+                yield from _by_task(found)
+
+
+def _by_task(found: dict[str, list[Facts]]) -> Iterator[str]:
+    """The same runs, task by task."""
+    yield from head("audit gain of the same runs", *TASKS)
+    for variant, own in found.items():
+        yield row(variant, *(signed(gain(own, "audit", task)) for task in TASKS))
+    yield ""
+
+
+def labels(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "### Against labels",
+        "",
+        f"TAO's {small.CONFIG['prompts_per_round']} prompts have no label, but its scorer is a program that knows "
+        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right "
+        "and wrong answers. Fine-tuning is at its best of the passes "
+        "and rates that were tried for each number of labels, on these questions.",
+        "",
+    )
+    yield from head(
+        "trained on", "audit of the first try", "gain", "less that of TAO", "worst seed", "KL", "passes, rate"
+    )
+    rows = {"prompts, exact verifier (TAO)": of(cells, "TAO")}
+    rows |= {"prompts, reward model (TAO)": of(cells, "TAO by choices")}
+    rows |= {f"{n} labels": of(cells, str(n)) for n in LABELS}
+    for name, own in rows.items():
+        if own:
+            how = own[0].get("settings", small.TRAIN)
+            yield row(
+                name,
+                number(first_try(own, "after", "audit")),
+                signed(gain(own, "audit")),
+                less(own, of(cells, "TAO")),
+                f"{worst(own, 'audit'):+.3f}",
+                f"{average(own, 'kl'):.2f}",
+                f"{how['train.epochs']}, {how['train.learning_rate']:g}",
+            )
+    yield ""
+
+
+def compute(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### Tuning compute", "", "Audit of the first try; and how many answers were sampled to train on.", "")
+    yield from head("N", *(f"{r} round{'s' * (r > 1)}" for r in ROUNDS))
+    for n in GROUP_SIZES:
+        runs = of(cells, str(n))
+        columns = []
+        for r in ROUNDS:
+            own = [run[str(r)] for run in runs if str(r) in run]
+            answers = n * r * small.CONFIG["prompts_per_round"]
+            columns.append(f"{number(first_try(own, 'after', 'audit'))}; {answers:,}" if own else "")
+        yield row(str(n), *columns)
+    yield ""
+    yield from head("N, one round", *(f"target_n {t}" for t in TARGETS))
+    for n in (8, 32):
+        yield row(str(n), *(after(of(cells, f"{n}/target {t}")) for t in TARGETS))
+    yield ""
+    yield from head("answers", "instead of", "audit of the first less the second")
+    for first, second in (((8, 1), (2, 1)), ((8, 1), (2, 4)), ((2, 2), (2, 1)), ((32, 4), (8, 1))):
+        own, other = ([run[str(r)] for run in of(cells, str(n)) if str(r) in run] for n, r in (first, second))
+        yield row(*(f"N = {n}, {r} round{'s' * (r > 1)}" for n, r in (first, second)), less(own, other))
+    yield ""
+
+
+def multi(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### One run over three tasks", "")
+    yield from (
+        f"A run of its own is judged on {small.CONFIG['prompts']['max_heldout']} held-out questions of its task, the "
+        "run for all on its share of as many mixed ones.",
+        "",
+    )
+    yield from head("task", "before", "after, one run for all", "gain", "before", "after, a run of its own", "gain")
+    together = of(cells, "all")
+    for task in TASKS:
+        own = of(cells, task)
+        yield row(
+            task,
+            number(first_try(together, "base", "audit", task)),
+            number(first_try(together, "after", "audit", task)),
+            signed(gain(together, "audit", task)),
+            number(first_try(own, "base", "audit")) if own else "",
+            after(own),
+            signed(gain(own, "audit")) if own else "",
+        )
+    yield ""
+
+
+def sizes(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "### Model size",
+        "",
+        "Decoders of 1M and 3M weights learnt the tasks here; the 135M model, tuned at half their rate, is shown three "
+        "solved examples in the prompt. So only the first two compare in everything but size.",
+        "",
+    )
+    yield from head(
+        "model",
+        "first try before",
+        "best of 16",
+        "first try after",
+        "gain",
+        "share of the headroom baked",
+        "worst seed",
+    )
+    for size in (*DECODERS, "135M"):
+        if own := of(cells, size):
+            best = sum(c["base"]["best_of"]["16"]["mean"] for c in own) / len(own)
+            before, after = (first_try(own, side, "audit") for side in ("base", "after"))
+            yield row(
+                size,
+                number(before),
+                f"{best:.3f}",
+                number(after),
+                signed(gain(own, "audit")),
+                f"{(after.mean - before.mean) / (best - before.mean):.2f}" if best > before.mean else "none to bake",
+                f"{worst(own, 'audit'):+.3f}",
+            )
+    yield ""
+
+
+def general(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "### What else changes: general text",
+        "",
+        "Paragraphs of Wikipedia, those that document_qa holds out (it trains on others of most of their articles).",
+        "",
+    )
+    yield from head("trained on", "texts", "perplexity before", "after", "nats a token more")
+    for name, facts in cells.items():
+        both = facts["perplexity"]
+        more = Interval(**facts["nats"])
+        yield row(name, str(facts["texts"]), f"{both['base']:.2f}", f"{both['after']:.2f}", signed(more))
+    yield ""
+
+
+def others(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### What else changes: tasks that were not trained", "")
+    yield from head("trained on", "judged on", "audit before", "after", "change")
+    for name, facts in cells.items():
+        sides = (number(Interval(**facts[side])) for side in ("before", "after"))
+        yield row(*name.split("/"), *sides, signed(Interval(**facts["change"])))
+    yield ""
+
+
+def inference(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from ("### What else changes: the cost of an answer", "")
+    yield from ("Held-out prompts, one answer each, base and tuned policy in turns on the same machine.", "")
+    yield from head(
+        "trained on", "tokens an answer before", "after", "tokens/s before", "after", "answers/s before", "after"
+    )
+    for name, facts in cells.items():
+        sides = [facts["before"], facts["after"]]
+        tokens = (Interval(**side["tokens"]) for side in sides)
+        yield row(
+            name,
+            *(f"{i.mean:.1f} ({i.low:.1f} to {i.high:.1f})" for i in tokens),
+            *(f"{side['tokens_per_second']:.0f}" for side in sides),
+            *(f"{side['answers_per_second']:.2f}" for side in sides),
+        )
+    yield ""
+
+
+def peer(cells: Cells, lab: Lab) -> Iterator[str]:
+    yield from (
+        "### Against TRL's GRPOTrainer",
+        "",
+        "Seconds of training until the first policy that is as good as the base's best of 8, seed by seed; judged were "
+        "ours after each round and four of TRL's, evenly over its time. OpenTAO multiplied in bf16, as it did by "
+        "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly "
+        "luck.",
+        "",
+    )
+    yield from head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")
+    for task in sorted({name.split("/")[0] for name in cells}):
+        ours, theirs = of(cells, f"{task}/opentao"), of(cells, f"{task}/trl")
+        if not theirs:
+            continue
+        levels = [o["best_of"]["8"]["mean"] for o in ours]
+        times = [
+            [reached(run["points"], level) for run, level in zip(side, levels, strict=True)] for side in (ours, theirs)
+        ]
+        ends = [t["points"][-1] for t in theirs]
+        yield row(
+            task,
+            ", ".join(f"{level:.2f}" for level in levels),
+            ", ".join("never" if s is None else f"{s:.0f}" for s in times[0]),
+            ", ".join(
+                f"not in {e['seconds']:.0f}" if s is None else f"{s:.0f}" for s, e in zip(times[1], ends, strict=True)
+            ),
+            ", ".join(f"{e['first_try']['mean']:.2f}" for e in ends),
+            ", ".join(_sooner(o, t, e["seconds"]) for o, t, e in zip(*times, ends, strict=True)),
+        )
+    yield ""
+
+
+def _sooner(ours: float | None, theirs: float | None, end: float) -> str:
+    if ours is None:
+        return "not reached"
+    return f"more than {end / ours:.1f}×" if theirs is None else f"{theirs / ours:.1f}×"
