@@ -72,16 +72,45 @@ class TestLab:
             calls.append(1)
             return {"value": len(calls)}
 
-        first = lab.cell("e", "a/0", measure)
-        assert lab.cell("e", "a/0", measure) == first
+        first = lab.cell("e", "a/0", measure, {"rate": 1e-4})
+        assert lab.cell("e", "a/0", measure, {"rate": 1e-4}) == first
         assert first["value"] == len(calls) == 1
-        assert lab.cell("e", "a/1", measure)["value"] == 2
+        assert lab.cell("e", "a/1", measure, {"rate": 1e-4})["value"] == 2
         assert set(lab.kept("e")) == {"a/0", "a/1"}
 
-    def test_what_fails_is_not_kept(self, lab: labs.Lab) -> None:
-        lab.cell("e", "a", lambda: {"value": 1})
+    def test_a_cell_of_other_settings_is_measured_again(self, lab: labs.Lab) -> None:
+        for i, rate in enumerate((1e-4, 2e-4, 2e-4, 1e-4)):
+            lab.cell("e", "a/0", lambda i=i: {"value": i}, {"rate": rate})
+        assert lab.kept("e")["a/0"]["value"] == 3
+
+    def test_a_folder_is_made_again_when_what_it_is_made_of_changed(self, tmp_path: Path) -> None:
+        out, calls = tmp_path / "f", []
+
+        def make(out: Path) -> None:
+            calls.append(sorted(p.name for p in out.iterdir()))
+            (out / str(len(calls))).touch()
+            if len(calls) == 1:
+                raise ZeroDivisionError
+
         with pytest.raises(ZeroDivisionError):
-            lab.cell("e", "b", lambda: {"value": 1 / 0})
+            labs.made(out, ["a"], make)
+        first = labs.made_of(labs.made(out, ["a"], make))
+        labs.made(out, ["a"], make)
+        assert labs.made_of(labs.made(out, ["b"], make)) != first
+        assert calls == [[], ["1"], []]  # what stopped goes on, what changed starts from nothing
+
+    def test_a_comment_is_no_change(self, tmp_path: Path) -> None:
+        one, two = tmp_path / "one.py", tmp_path / "two.py"
+        one.write_text("a = 1  # one\n")
+        two.write_text("# two\na=1")
+        assert labs.meaning(one) == labs.meaning(two)
+        two.write_text("a = 2\n")
+        assert labs.meaning(one) != labs.meaning(two)
+
+    def test_what_fails_is_not_kept(self, lab: labs.Lab) -> None:
+        lab.cell("e", "a", lambda: {"value": 1}, None)
+        with pytest.raises(ZeroDivisionError):
+            lab.cell("e", "b", lambda: {"value": 1 / 0}, None)
         assert set(lab.kept("e")) == {"a"}
 
     def test_a_copy_has_no_lock_and_no_policy(self, tmp_path: Path) -> None:
@@ -165,9 +194,9 @@ def test_the_page_shows_what_was_measured(lab: labs.Lab) -> None:
     }
     for seed in labs.SEEDS:
         made = cell({"a": 0.25, "b": 0.25}, {"a": 0.75, "b": 0.75}) | facts
-        lab.cell("recipes", f"text_to_sql/{seed}", lambda made=made: dict(made))
-        lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: dict(made))
-        lab.cell("compute", f"8/{seed}", lambda made=made: {str(r): made for r in compute.ROUNDS})
+        lab.cell("recipes", f"text_to_sql/{seed}", lambda made=made: dict(made), None)
+        lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: dict(made), None)
+        lab.cell("compute", f"8/{seed}", lambda made=made: {str(r): made for r in compute.ROUNDS}, None)
     text = "\n".join(page.evidence(lab))
     assert "| text_to_sql (3 seeds) | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
     assert "| 0.750 (0.750 to 0.750) | 0.900 |" in text  # after, best of 16

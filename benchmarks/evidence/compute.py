@@ -7,7 +7,7 @@ fewer rounds would give is read off the run of more.
 from __future__ import annotations
 
 import small
-from lab import SEEDS, Facts, Lab, essence, summary_of
+from lab import SEEDS, Facts, Lab, essence, made_of, summary_of
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 ROUNDS = (1, 2, 4)
@@ -33,7 +33,7 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
             return lab.run("tao.yaml", directory, settings, cwd=folder, start=place / f"{n}-{seed}")
 
         for n in GROUP_SIZES:
-            lab.cell("compute", f"{n}/{seed}", lambda n=n: rounds(n))
+            lab.cell("compute", f"{n}/{seed}", lambda n=n: rounds(n), [made_of(folder), common, ROUNDS])
         for n in (8, 32):
             for t in TARGETS:
-                lab.cell("compute", f"{n}/target {t}/{seed}", lambda n=n, t=t: target(n, t))
+                lab.cell("compute", f"{n}/target {t}/{seed}", lambda n=n, t=t: target(n, t), [made_of(folder), common])

@@ -1,13 +1,17 @@
 """What experiments share: cells that are measured once and kept, runs by the command line, runs from others' groups.
 
-A *cell* is one finished run or measurement, with all that tells it apart in its name. Its facts are in evidence.json as
-soon as they are there, so an experiment that was stopped goes on where it was. A run that differs from another only in
-what comes after sampling starts from a copy of that run's directory: prompts, base samples and groups are then the
-same, byte for byte, and cost nothing.
+A *cell* is one finished run or measurement, with all that tells it apart from its neighbours in its name. Its facts are
+in evidence.json as soon as they are there, with a hash of what they were measured of: settings, prompts, the recipe's
+code, a decoder's weights. So an experiment that was stopped goes on where it was, and one whose settings changed is
+measured again; OpenTAO's own code is not part of the hash. A run that differs from another only in what comes after
+sampling starts from a copy of that run's directory: prompts, base samples and groups are then the same, byte for byte,
+and cost nothing.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import math
 import os
@@ -20,7 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from opentao.store import Run, attach_scores, table_to_groups
+from opentao.types import content_hash
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "evidence.json"
@@ -44,16 +51,17 @@ class Lab:
         found: dict[str, dict[str, Facts]] = json.loads(self.results.read_text()) if self.results.exists() else {}
         return found.get(experiment, {})
 
-    def cell(self, experiment: str, name: str, measure: Callable[[], Facts]) -> Facts:
-        """The cell's facts: kept ones, or measured now."""
-        kept = self.kept(experiment)
-        if name not in kept:
+    def cell(self, experiment: str, name: str, measure: Callable[[], Facts], of: object) -> Facts:
+        """The cell's facts: those kept of the same thing, or measured now. `of`: all that they depend on, as JSON."""
+        key = content_hash(of)
+        facts = self.kept(experiment).get(name, {})
+        if facts.get("of") != key:
             start = time.perf_counter()
-            kept[name] = measure()
-            kept[name]["wall_seconds"] = round(time.perf_counter() - start, 1)
-            self._keep(experiment, name, kept[name])
-            print(f"{experiment} {name}: {kept[name]['wall_seconds']:.0f} s", flush=True)
-        return kept[name]
+            facts = measure()
+            facts |= {"of": key, "wall_seconds": round(time.perf_counter() - start, 1)}
+            self._keep(experiment, name, facts)
+            print(f"{experiment} {name}: {facts['wall_seconds']:.0f} s", flush=True)
+        return facts
 
     def _keep(self, experiment: str, name: str, facts: Facts) -> None:
         found = json.loads(self.results.read_text()) if self.results.exists() else {}
@@ -64,12 +72,13 @@ class Lab:
 
     def folder(self, recipe: str) -> Path:
         """The recipe's prompts and files, prepared once."""
-        out = self.work / recipe / "files"
-        if not (done := out / "prepared").exists():
+
+        def prepare(out: Path) -> None:
             data = ["--data", str(self.data)] if self.data else []
             python(EXAMPLES / recipe / "prepare.py", "--out", str(out), *data, cwd=EXAMPLES)
-            done.touch()
-        return out
+
+        code = [meaning(p) for p in (EXAMPLES / "sources.py", *sorted((EXAMPLES / recipe).glob("*.[py]*")))]
+        return made(self.work / recipe / "files", code, prepare)
 
     def run(
         self,
@@ -102,6 +111,32 @@ def as_text(found: dict[str, dict[str, Facts]]) -> str:
 
 def _line(facts: Facts) -> str:
     return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
+def made(out: Path, of: object, make: Callable[[Path], None], mark: str = "made_of") -> Path:
+    """The folder `out`: there, or made now. What it was made of stands in it; made of something else, it goes first."""
+    key, stands = content_hash(of), out / mark
+    if stands.exists() and stands.read_text() != key:
+        shutil.rmtree(out)
+    if not stands.exists():  # what was stopped half-way goes on
+        out.mkdir(parents=True, exist_ok=True)
+        make(out)
+        stands.write_text(key)
+    return out
+
+
+def made_of(folder: Path, mark: str = "made_of") -> str:
+    return (folder / mark).read_text()
+
+
+def meaning(path: Path) -> str:
+    """The hash of a file; code without its comments and layout, and YAML without its own."""
+    text = path.read_bytes()
+    if path.suffix == ".py":
+        text = ast.unparse(ast.parse(text)).encode()
+    elif path.suffix == ".yaml":
+        return content_hash(yaml.safe_load(text))
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def changes(settings: Facts) -> list[str]:

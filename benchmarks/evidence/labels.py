@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import small
-from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, essence_alone, python
+from lab import HERE, SEEDS, Facts, Lab, changes, copy_run, essence_alone, made_of, python
 
 SIZES = (30, 100, 300, 1000)
 GRID = [(passes, rate) for passes in (2, 5) for rate in (2e-4, 4e-4, 1e-3)]
+OF_GRID = ("train.epochs", "train.learning_rate")
 ALL_WEIGHT = {"train.objective": "distill", "train.target_n": 64}  # of the label: 1 − 2⁻⁶⁴
+BY_CHOICES: Facts = {"scorers": [{"type": "reward_model", "args": {"model": "reward", "squash": True}}]}
 
 
 def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: Facts | None = None) -> None:
@@ -40,31 +42,39 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
                 one_tao(common, source)
             if not directory.exists():
                 copy_run(source, directory)
-            how = {"train.epochs": passes, "train.learning_rate": rate}
-            settings = common | {"rounds": 1} | (fine_tuning or {}) | how | ALL_WEIGHT
+            settings = common | supervised(fine_tuning, passes, rate)
             python(HERE / "labels.py", "tao.yaml", directory, str(n), *changes(settings), cwd=folder)
-            return essence_alone(directory) | {"settings": how}
+            return essence_alone(directory) | {"settings": {name: settings[name] for name in OF_GRID}}
 
         def by_choices(common: Facts = common, source: Path = source) -> Facts:
-            small.preferences(lab, size)
-            scorers = [{"type": "reward_model", "args": {"model": "reward", "squash": True}}]
-            settings = common | (tao or {}) | {"scorers": scorers}
+            settings = common | (tao or {}) | BY_CHOICES
             return lab.run("tao.yaml", place / f"choices-{common['seed']}", settings, cwd=folder, start=source)
 
-        lab.cell("labels", f"TAO/{seed}", one_tao)
-        lab.cell("labels", f"TAO by choices/{seed}", by_choices)
+        def of(n: int, passes: int, rate: float, common: Facts = common) -> object:
+            return [made_of(folder), common | supervised(fine_tuning, passes, rate), n]
+
+        lab.cell("labels", f"TAO/{seed}", one_tao, [made_of(folder), common | (tao or {})])
+        choices = small.preferences(lab, size)
+        of_choices = [made_of(choices, "rewards_of"), common | (tao or {}) | BY_CHOICES]
+        lab.cell("labels", f"TAO by choices/{seed}", by_choices, of_choices)
         for n in SIZES:
-            passes, rate = _best(lab, n, one) if seed == SEEDS[0] else chosen[n]
-            chosen[n] = (passes, rate)
-            lab.cell("labels", f"{n}/{seed}", lambda n=n, p=passes, r=rate: one(n, p, r))
+            chosen[n] = _best(lab, n, one, of) if seed == SEEDS[0] else chosen[n]
+            lab.cell("labels", f"{n}/{seed}", lambda n=n: one(n, *chosen[n]), of(n, *chosen[n]))
 
 
-def _best(lab: Lab, n: int, one: Callable[[int, int, float], Facts]) -> tuple[int, float]:
+def supervised(fine_tuning: Facts | None, passes: int, rate: float) -> Facts:
+    """Settings of a run on labels, but for its seed."""
+    return {"rounds": 1} | (fine_tuning or {}) | dict(zip(OF_GRID, (passes, rate), strict=True)) | ALL_WEIGHT
+
+
+def _best(
+    lab: Lab, n: int, one: Callable[[int, int, float], Facts], of: Callable[[int, int, float], object]
+) -> tuple[int, float]:
     """Passes and rate whose audit is best on the first seed."""
 
     def audit(how: tuple[int, float]) -> float:
         name = f"{n}/{how[0]} passes at {how[1]:g}"
-        found = lab.cell("labels, settings", name, lambda: one(n, *how))
+        found = lab.cell("labels, settings", name, lambda: one(n, *how), of(n, *how))
         return float(found["after"]["audit"]["first_try"]["mean"])
 
     return max(GRID, key=audit)

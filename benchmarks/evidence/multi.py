@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import small
-from lab import SEEDS, Facts, Lab
+from lab import SEEDS, Facts, Lab, made_of
 from tasks import TASKS
 
 
@@ -11,13 +13,14 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
     every = small.CONFIG["prompts_per_round"]
     for seed in SEEDS:
         for tasks in (TASKS, *((task,) for task in TASKS)):
+            name = "all" if tasks == TASKS else tasks[0]
+            folder = small.folder(lab, size, tasks)
+            prompts = every * len(tasks) // len(TASKS)
+            settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT, "prompts_per_round": prompts}
+            settings |= train or {}
 
-            def one(tasks: tuple[str, ...] = tasks, seed: int = seed) -> Facts:
-                name = "all" if tasks == TASKS else tasks[0]
-                directory = lab.work / "multi" / f"{name}-{seed}"
-                prompts = every * len(tasks) // len(TASKS)
-                settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT, "prompts_per_round": prompts}
-                folder = small.folder(lab, size, tasks)
-                return lab.run("tao.yaml", directory, settings | (train or {}), cwd=folder)
+            def one(name: str = name, settings: Facts = settings, folder: Path = folder) -> Facts:
+                directory = lab.work / "multi" / f"{name}-{settings['seed']}"
+                return lab.run("tao.yaml", directory, settings, cwd=folder)
 
-            lab.cell("multi-task", f"{'all' if tasks == TASKS else tasks[0]}/{seed}", one)
+            lab.cell("multi-task", f"{name}/{seed}", one, [made_of(folder), settings])

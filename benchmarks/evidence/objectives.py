@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import small
-from lab import SEEDS, Facts, Lab
+from lab import SEEDS, Facts, Lab, made_of
 from recipes import NOISE, RANDOM
 
 VARIANTS: dict[str, Facts] = {
@@ -82,5 +82,6 @@ def measure(lab: Lab, task: Task) -> None:
                     "objectives",
                     f"{task.name}/{reward}/{variant}/{seed}",
                     lambda d=directory, s=settings, f=start: lab.run("tao.yaml", d, s, cwd=task.folder, start=f),
+                    [made_of(task.folder, "rewards_of"), settings],
                 )
                 start = start or (directory if directory.exists() else None)

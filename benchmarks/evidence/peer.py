@@ -17,7 +17,7 @@ from pathlib import Path
 import sizes
 import small
 import yaml
-from lab import HERE, SEEDS, Facts, Lab, changes, python, tao
+from lab import HERE, SEEDS, Facts, Lab, changes, made, made_of, python, tao
 
 from opentao.models import resolve_model
 from opentao.prompts import read_prompts
@@ -70,8 +70,10 @@ def measure(lab: Lab, match: Match) -> None:
         print(f"peer: no {TRL}, see benchmarks/README.md", flush=True)
         return
     for seed in SEEDS:
-        ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s))
-        lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o))
+        of = [made_of(match.folder), match.settings, match.rounds]
+        ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s), of)
+        of = [of, match.theirs, match.times, ours["points"]]
+        lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o), of)
 
 
 def reached(points: list[Facts], level: float) -> float | None:
@@ -96,10 +98,12 @@ def _ours(lab: Lab, match: Match, seed: int) -> Facts:
 
 
 def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
-    out = lab.work / "peer" / match.name / f"trl-{seed}"
-    if not (out / "done").exists():
-        ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
-        _train(lab, match, seed, out, match.times * ours_took)
+    ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
+    out = made(
+        lab.work / "peer" / match.name / f"trl-{seed}",
+        [match.settings, match.theirs, match.times, ours_took],
+        lambda out: _train(lab, match, seed, out, match.times * ours_took),
+    )
     points = ours["points"][:1]
     for line in (out / "policies.jsonl").read_text().splitlines():
         policy = json.loads(line)
@@ -114,7 +118,6 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
 
 def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None:
     """The prompts that ours trained on, by their place in the file that the service reads."""
-    out.mkdir(parents=True, exist_ok=True)
     ours = out.with_name(f"opentao-{seed}")
     config = _resolved(ours)
     places = {p.id: i for i, p in enumerate(read_prompts(match.folder / "prompts.jsonl").prompts)}
@@ -142,7 +145,6 @@ def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None
     (out / "case.json").write_text(json.dumps(case))
     (out / "policies.jsonl").unlink(missing_ok=True)
     subprocess.run([str(TRL), str(HERE / "trl_grpo.py"), str(out / "case.json")], check=True)
-    (out / "done").touch()
 
 
 def _resolved(directory: Path) -> Facts:

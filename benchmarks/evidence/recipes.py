@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, python, tao
+from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, made, made_of, meaning, python, tao
 
+import opentao
 from opentao.report import compare
 from opentao.store import Run
 from opentao.summary import Evaluation, read
+from opentao.types import content_hash
 
 NUM_PAIRS = 4  # shown in a recipe's README
 
@@ -59,9 +61,22 @@ RECIPES = (
 def measure(lab: Lab, names: list[str]) -> None:
     for recipe in (r for r in RECIPES if r.name in names):
         for seed in SEEDS:
-            lab.cell("recipes", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _recipe(lab, r, s))
+            lab.cell("recipes", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _recipe(lab, r, s), key(lab, recipe))
         for seed in SEEDS:
-            lab.cell("random reward", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _random(lab, r, s))
+            of = [key(lab, recipe), NOISE, RANDOM]
+            lab.cell("random reward", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _random(lab, r, s), of)
+
+
+def key(lab: Lab, recipe: Recipe) -> list[str]:
+    """What the recipe's cells are of."""
+    if recipe.name == "support_triage":
+        package = Path(opentao.__file__).parent
+        return [meaning(package / name) for name in ("demo.py", "data/tickets.jsonl")]
+    return [made_of(lab.folder(recipe.name)), *_steps(recipe)]
+
+
+def _steps(recipe: Recipe) -> list[str]:
+    return [content_hash(recipe.before), meaning(EXAMPLES / "preferences.py")] if recipe.before else []
 
 
 def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
@@ -71,8 +86,7 @@ def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
         tao("demo", "--run", str(directory), "--seed", str(seed), cwd=lab.work / recipe.name)
         found = essence_alone(directory, keep_policy=first)
     else:
-        folder = lab.folder(recipe.name)
-        _before(recipe, folder)
+        folder = _before(lab, recipe)
         found = lab.run("tao.yaml", directory, {"seed": seed}, cwd=folder, keep_policy=first)
     return found | ({"pairs": _pairs(directory, found["after"]["round"])} if first else {})
 
@@ -86,15 +100,18 @@ def _pairs(directory: Path, round_: int) -> list[Facts]:
     ]
 
 
-def _before(recipe: Recipe, folder: Path) -> None:
-    if (done := folder / "ready").exists():
-        return
-    for command, *arguments in recipe.before:
-        if command == "preferences.py":
-            python(EXAMPLES / command, *arguments, cwd=folder)
-        else:
-            tao(command, *arguments, cwd=folder)
-    done.touch()
+def _before(lab: Lab, recipe: Recipe) -> Path:
+    """The recipe's folder, with what is made before its run."""
+
+    def make(folder: Path) -> None:
+        lab.folder(recipe.name)  # which was just removed, if the steps are others
+        for command, *arguments in recipe.before:
+            if command == "preferences.py":
+                python(EXAMPLES / command, *arguments, cwd=folder)
+            else:
+                tao(command, *arguments, cwd=folder)
+
+    return made(lab.folder(recipe.name), key(lab, recipe), make, mark="ready_of")
 
 
 def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:

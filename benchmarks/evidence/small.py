@@ -7,14 +7,16 @@ import random
 import shutil
 from pathlib import Path
 
-from lab import HERE, Facts, Lab, python, tao
+from lab import HERE, Facts, Lab, made, made_of, meaning, python, tao
 from tasks import TASKS, make
 
 from opentao.preferences import Ranking, read_preferences, write_preferences
 
 NUM_PROMPTS = 2000
+QUESTIONS = 2  # the draw of them that all tables are of
 NUM_PREFERENCES = 300
 FLIPPED = 0.25
+REWARD = ("--epochs", "4", "--learning-rate", "3e-4", "--head", "random")
 CONFIG: Facts = {
     "prompts": {
         "path": "prompts.jsonl",
@@ -47,20 +49,26 @@ EXACT: list[Facts] = [{"type": "python", "name": "exact", "args": {"function": "
 
 
 def model(lab: Lab, size: str) -> Path:
-    out = lab.work / "decoders" / size
-    if not (out / "config.json").exists():
-        python(HERE / "decoders.py", str(out.parent), size, cwd=lab.work)
-    return out
+    code = [meaning(HERE / name) for name in ("decoders.py", "tasks.py")]
+    return made(
+        lab.work / "decoders" / size,
+        code,
+        lambda out: python(HERE / "decoders.py", str(out.parent), size, cwd=lab.work),
+    )
 
 
-def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
-    """Everything a run of a decoder of this size needs, made once."""
-    out = lab.work / "small" / "-".join((size, *tasks))
-    if (out / "tao.yaml").exists():
-        return out
-    out.mkdir(parents=True, exist_ok=True)
+def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS, draw: int = QUESTIONS) -> Path:
+    """Everything a run of a decoder of this size needs, made once. `draw`: of the questions."""
+    name = "-".join((size, *tasks)) + (f"-{draw}" if draw != QUESTIONS else "")
+    where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
+    weights = meaning(Path(where) / "model.safetensors") if size != "135M" else size
+    of = [CONFIG, NUM_PROMPTS, SHOWN, meaning(HERE / "tasks.py"), tasks, draw, weights]
+    return made(lab.work / "small" / name, of, lambda out: _write(out, size, where, tasks, draw))
+
+
+def _write(out: Path, size: str, model: str, tasks: tuple[str, ...], draw: int) -> None:
     shutil.copy(HERE / "tasks.py", out)
-    rng = random.Random(2)
+    rng = random.Random(draw)
     rows, seen = [], set[str]()
     while len(rows) < NUM_PROMPTS:
         task = tasks[len(rows) % len(tasks)]
@@ -70,31 +78,28 @@ def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
             shown = SHOWN if size == "135M" else []
             rows.append({"messages": [*shown, {"role": "user", "content": question}], "task": task, "label": right})
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
-    (out / "tao.yaml").write_text(json.dumps({"model": where} | CONFIG, indent=1))  # JSON is YAML
-    return out
+    (out / "tao.yaml").write_text(json.dumps({"model": model} | CONFIG, indent=1))  # JSON is YAML
 
 
 def preferences(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
     """Two reward models of choices on other questions: `reward`, and `flipped`, whose choices lie in one of four."""
     out = folder(lab, size, tasks)
-    if (out / "flipped" / "config.json").exists():
-        return out
-    rng = random.Random(3)
-    lines = []
-    for i in range(NUM_PREFERENCES):
-        question, right, wrong = make(tasks[i % len(tasks)], rng)
-        lines.append({"prompt": question, "responses": [right, *wrong], "ranks": [1, 2, 2, 2], "ties": "unknown"})
-    (out / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_preferences(out / "flipped.jsonl", flip(read_preferences(out / "pairs.jsonl").rankings, FLIPPED))
-    train_rewards(out, str(model(lab, size)), "--epochs", "4", "--learning-rate", "3e-4", "--head", "random")
-    return out
 
+    def train(out: Path) -> None:
+        folder(lab, size, tasks)  # which was just removed, if choices or settings are others
+        rng = random.Random(3)
+        lines = []
+        for i in range(NUM_PREFERENCES):
+            question, right, wrong = make(tasks[i % len(tasks)], rng)
+            lines.append({"prompt": question, "responses": [right, *wrong], "ranks": [1, 2, 2, 2], "ties": "unknown"})
+        (out / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_preferences(out / "flipped.jsonl", flip(read_preferences(out / "pairs.jsonl").rankings, FLIPPED))
+        for pairs, reward in (("pairs.jsonl", "reward"), ("flipped.jsonl", "flipped")):
+            if not (out / reward / "config.json").exists():
+                given = ("--pairs", pairs, "--out", reward, "--model", str(model(lab, size)), *REWARD)
+                tao("reward", "train", *given, cwd=out)
 
-def train_rewards(folder: Path, model: str, *settings: str) -> None:
-    for pairs, reward in (("pairs.jsonl", "reward"), ("flipped.jsonl", "flipped")):
-        if not (folder / reward / "config.json").exists():
-            tao("reward", "train", "--pairs", pairs, "--out", reward, "--model", model, *settings, cwd=folder)
+    return made(out, [made_of(out), NUM_PREFERENCES, FLIPPED, REWARD], train, mark="rewards_of")
 
 
 def flip(rankings: list[Ranking], share: float) -> list[Ranking]:

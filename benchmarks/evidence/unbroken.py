@@ -34,13 +34,15 @@ def measure(lab: Lab, names: Sequence[str]) -> None:
         if not (run / "summary.json").exists() or (policy := summary_of(run)["policy"]) is None:
             continue  # nothing was kept, so nothing can be broken
         where = str(run / policy)
-        lab.cell("inference cost", trained, lambda d=run: _cost(d))
-        lab.cell("general text", trained, lambda p=where: _perplexity(lab, p))
+        recipes = lab.kept("recipes")
+        own = recipes[f"{trained}/0"]["first_tries"]
+        lab.cell("inference cost", trained, lambda d=run: _cost(d), [own])
+        lab.cell("general text", trained, lambda p=where: _perplexity(lab, p), [own, LONGEST])
         for other in names:
-            if other not in (trained, "support_triage") and f"{other}/0" in lab.kept(
-                "recipes"
-            ):  # the demo has no folder
-                lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p))
+            if other in (trained, "support_triage") or f"{other}/0" not in recipes:  # the demo has no folder
+                continue
+            of = [own, recipes[f"{other}/0"]["first_tries"]["base"], FEW]
+            lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p), of)
 
 
 def _cost(run: Path) -> Facts:
