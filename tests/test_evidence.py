@@ -128,7 +128,7 @@ class TestConfigs:
     @pytest.mark.parametrize("reward", objectives.REWARDS)
     def test_every_variant_is_a_config(self, tmp_path: Path, variant: str, reward: str) -> None:
         (tmp_path / "tao.yaml").write_text(json.dumps({"model": "m"} | small.CONFIG))
-        task = objectives.Task(name="t", folder=tmp_path, exact=small.EXACT)
+        task = objectives.Task(name="t", folder=tmp_path, choosing=tmp_path, exact=small.EXACT)
         settings = {"scorers": objectives.scorers(task, reward)} | objectives.VARIANTS[variant]
         assert load_config(tmp_path / "tao.yaml", labs.changes(settings)).audit
 

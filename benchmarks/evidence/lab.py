@@ -77,7 +77,8 @@ class Lab:
             data = ["--data", str(self.data)] if self.data else []
             python(EXAMPLES / recipe / "prepare.py", "--out", str(out), *data, cwd=EXAMPLES)
 
-        code = [meaning(p) for p in (EXAMPLES / "sources.py", *sorted((EXAMPLES / recipe).glob("*.[py]*")))]
+        own = (p for p in (EXAMPLES / recipe).glob("*.[py]*") if "financebench" not in p.name)  # those are for a GPU
+        code = [meaning(p) for p in (EXAMPLES / "sources.py", *sorted(own))]
         return made(self.work / recipe / "files", code, prepare)
 
     def run(

@@ -1,7 +1,8 @@
 """Objectives at equal compute: the same groups, steps and passes; only the loss differs, and its learning rate.
 
 Rewards: the exact verifier, a reward model of preferences, one whose preferences were turned round in one of four, and
-one that knows nothing. For each objective on each reward and seed: first try, audit, KL, length, seconds.
+one that knows nothing. For each objective on each reward and seed: first try, audit, KL, length, seconds. Every
+objective has the same rates to choose from; the choice is made on other questions, with the exact verifier.
 """
 
 from __future__ import annotations
@@ -23,34 +24,28 @@ VARIANTS: dict[str, Facts] = {
     "RLOO": {"train.objective": "online", "train.advantage": "loo"},
 }
 REWARDS = ("exact", "dbrm", "flipped", "random")
+GRID = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+OTHER_QUESTIONS = 7  # a draw of the small tasks' questions, on which rates are chosen
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Task:
-    """A folder with tao.yaml, `reward` and `flipped`; `rates`: a learning rate for each variant."""
+    """A folder with tao.yaml, `reward` and `flipped`; `choosing`: a folder of the same task with other questions."""
 
     name: str
     folder: Path
+    choosing: Path
     exact: list[Facts]
     settings: Facts = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
-
-
-SMALL_RATES = {  # the best of those tried on seed 0 with the exact verifier (dev/LOG.md)
-    "regress": 2e-4,
-    "regress value": 1e-4,
-    "distill": 4e-4,
-    "prefer": 1e-4,
-    "GRPO": 3e-4,
-    "Dr. GRPO": 3e-4,
-    "RLOO": 3e-4,
-}
 
 
 def small_task(lab: Lab, size: str = "3M") -> Task:
-    settings = {"train.epochs": 2, "train.schedule": "linear"}
     return Task(
-        name="small", folder=small.preferences(lab, size), exact=small.EXACT, settings=settings, rates=SMALL_RATES
+        name="small",
+        folder=small.preferences(lab, size),
+        choosing=small.folder(lab, size, draw=OTHER_QUESTIONS),
+        exact=small.EXACT,
+        settings={"train.epochs": 2, "train.schedule": "linear"},
     )
 
 
@@ -66,18 +61,14 @@ def scorers(task: Task, reward: str) -> list[Facts]:
 
 def measure(lab: Lab, task: Task) -> None:
     """The first run of a seed makes base samples and groups for all others."""
+    rates = {variant: _rate(lab, task, variant) for variant in VARIANTS}
     for seed in SEEDS:
         start: Path | None = None
         for reward in REWARDS:
             for variant, change in VARIANTS.items():
                 directory = lab.work / "objectives" / task.name / f"{reward}-{variant.replace(' ', '-')}-{seed}"
-                rate = task.rates.get(variant)
-                settings = (
-                    {"seed": seed, "rounds": 1, "scorers": scorers(task, reward)}
-                    | task.settings
-                    | change
-                    | ({"train.learning_rate": rate} if rate else {})
-                )
+                settings = {"seed": seed, "rounds": 1, "scorers": scorers(task, reward)} | task.settings | change
+                settings["train.learning_rate"] = rates[variant]
                 lab.cell(
                     "objectives",
                     f"{task.name}/{reward}/{variant}/{seed}",
@@ -85,3 +76,24 @@ def measure(lab: Lab, task: Task) -> None:
                     [made_of(task.folder, "rewards_of"), settings],
                 )
                 start = start or (directory if directory.exists() else None)
+
+
+def _rate(lab: Lab, task: Task, variant: str) -> float:
+    """Of GRID the one whose audit is best on the other questions, first seed, exact verifier."""
+    place = lab.work / "objectives" / f"{task.name}-rates"
+    first = place / f"{next(iter(VARIANTS))}-{GRID[0]:g}"
+
+    def audit(rate: float) -> float:
+        directory = place / f"{variant.replace(' ', '-')}-{rate:g}"
+        settings = {"seed": SEEDS[0], "rounds": 1, "scorers": task.exact, "train.learning_rate": rate}
+        settings |= task.settings | VARIANTS[variant]
+        start = first if first.exists() else None
+        found = lab.cell(
+            "objectives, rates",
+            f"{task.name}/{variant}/{rate:g}",
+            lambda: lab.run("tao.yaml", directory, settings, cwd=task.choosing, start=start),
+            [made_of(task.choosing), settings],
+        )
+        return float(found["after"]["audit"]["first_try"]["mean"])
+
+    return max(GRID, key=audit)

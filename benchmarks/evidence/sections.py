@@ -9,7 +9,7 @@ from compute import GROUP_SIZES, ROUNDS, TARGETS
 from decoders import SIZES as DECODERS
 from lab import Cells, Facts, Lab
 from labels import SIZES as LABELS
-from objectives import REWARDS, VARIANTS
+from objectives import GRID, REWARDS, VARIANTS
 from peer import reached
 from pooled import average, first_try, gain, of, verdicts, worst
 from rows import after, head, less, number, row, signed
@@ -20,18 +20,19 @@ from opentao.bestofn import Interval
 
 def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from (
+        "### Objectives at equal compute",
+        "",
         "All objectives get the same stored groups and two passes over them, so GRPO and its kin are not fresh at "
-        "every step here. Learning rates were chosen on seed 0 with the exact verifier, on these held-out questions, "
-        "among two or three for each objective (dev/LOG.md); those of distill, prefer and regress value lie at the "
-        "upper end of what was tried. So the order of those that lie close together is not settled.",
+        "every step here.",
         "",
     )
+    yield from _rates(lab.kept("objectives, rates"))
     for task in sorted({name.split("/")[0] for name in cells}):
         for reward in REWARDS:
             found = {v: own for v in VARIANTS if (own := of(cells, f"{task}/{reward}/{v}"))}
             if not found:
                 continue
-            yield from (f"### Objectives at equal compute: {task}, reward {reward}", "")
+            yield from (f"#### {task}, reward {reward}", "")
             yield from head(
                 "objective",
                 "reward",
@@ -60,6 +61,21 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
             yield ""
             if all("task" in own[0]["first_tries"]["base"] for own in found.values()):
                 yield from _by_task(found)
+
+
+def _rates(cells: Cells) -> Iterator[str]:
+    """What the choice of learning rates rests on."""
+    for task in sorted({name.split("/")[0] for name in cells}):
+        yield from (
+            f"Learning rates ({task}): the one in bold, by the audit of one run each with the exact verifier on other "
+            "questions than those below.",
+            "",
+        )
+        yield from head("audit of the first try", *(f"{rate:g}" for rate in GRID))
+        for variant in (v for v in VARIANTS if all(f"{task}/{v}/{rate:g}" in cells for rate in GRID)):
+            audits = [cells[f"{task}/{variant}/{r:g}"]["after"]["audit"]["first_try"]["mean"] for r in GRID]
+            yield row(variant, *(f"**{a:.3f}**" if a == max(audits) else f"{a:.3f}" for a in audits))
+        yield ""
 
 
 def _by_task(found: dict[str, list[Facts]]) -> Iterator[str]:
