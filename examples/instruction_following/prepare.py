@@ -22,7 +22,7 @@ from constraints import CHECKS, UNSEEN
 from sources import SourceError, arguments, find
 
 HERE = Path(__file__).resolve().parent
-NUM_PROMPTS, NUM_HELDOUT, NUM_UNSEEN = 1170, 52, 112
+NUM_PROMPTS, NUM_HELDOUT, NUM_UNSEEN = 1950, 52, 112
 TWO = 0.4  # share of prompts with a second constraint
 HELDOUT_TOPICS = 4  # every so manyth topic, by hash
 LONGEST = 100  # words that a prompt of IFEval may ask for at least
