@@ -1,10 +1,11 @@
 """All evidence, from nothing: python benchmarks/run_all.py --work DIR [--data DIR] [EXPERIMENT …]
 
 Goes on where it was stopped: every finished cell is in evidence.json, every unfinished run in its directory. A cell is
-measured again if its settings, prompts, recipe or decoder changed, not if only OpenTAO's own code did: to do all of it
-anew, name another file with --results, and put it in the place of evidence.json for pictures and pages. Decoders are
-trained under --work, so with a new folder all that is of them is measured again. At the end RESULTS.md is written again. Alone on the machine; two processes that
-train at once slow each other down manifold.
+measured again if its settings, prompts, recipe or decoder changed, not if only the code of OpenTAO or of the
+experiments did: to do all of it anew, name another file with --results, and put it in the place of evidence.json for
+pictures and pages. Decoders are trained under --work: in a new folder their weights may differ, and then all that is
+of them is measured again. At the end RESULTS.md is written again. Alone on the machine; two processes that train at
+once slow each other down manifold.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class TestLab:
         out, calls = tmp_path / "f", []
 
         def make(out: Path) -> None:
-            calls.append(sorted(p.name for p in out.iterdir()))
+            calls.append(sorted(p.name for p in out.glob("[0-9]")))
             (out / str(len(calls))).touch()
             if len(calls) == 1:
                 raise ZeroDivisionError
@@ -99,10 +99,46 @@ class TestLab:
         assert labs.made_of(labs.made(out, ["b"], make)) != first
         assert calls == [[], ["1"], []]  # what stopped goes on, what changed starts from nothing
 
+    def test_what_was_begun_of_something_else_goes_first(self, tmp_path: Path) -> None:
+        out = tmp_path / "f"
+
+        def stopped(out: Path) -> None:
+            (out / "reward").touch()
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            labs.made(out, ["a"], stopped)
+        labs.made(out, ["b"], lambda out: (out / "prompts").touch())
+        assert sorted(p.name for p in out.iterdir()) == ["made_of", "prompts"]
+
+    def test_a_directory_of_other_settings_goes_first(self, lab: labs.Lab, tmp_path: Path) -> None:
+        directory = tmp_path / "run"
+        found = []
+
+        def measure() -> dict[str, Any]:
+            found.append(directory.exists())
+            directory.mkdir(exist_ok=True)
+            if len(found) == 1:
+                raise ZeroDivisionError
+            return {}
+
+        with pytest.raises(ZeroDivisionError):
+            lab.cell("e", "a/0", measure, 1, directory)
+        for of in (1, 2):
+            lab.cell("e", "a/0", measure, of, directory)
+        assert found == [False, True, False]
+
+    def test_seeds_of_other_settings_are_not_kept(self, lab: labs.Lab) -> None:
+        for of in ("old", "new"):
+            for name in ("a/0", "a/1", "b/0", "c"):
+                if (of, name) not in {("new", "a/1"), ("new", "b/0")}:
+                    lab.cell("e", name, dict, of)
+        assert set(lab.kept("e")) == {"a/0", "b/0", "c"}
+
     def test_a_comment_is_no_change(self, tmp_path: Path) -> None:
         one, two = tmp_path / "one.py", tmp_path / "two.py"
-        one.write_text("a = 1  # one\n")
-        two.write_text("# two\na=1")
+        one.write_text('"""One."""\na = 1  # one\n')
+        two.write_text('"""Two."""\n# two\na=1')
         assert labs.meaning(one) == labs.meaning(two)
         two.write_text("a = 2\n")
         assert labs.meaning(one) != labs.meaning(two)
@@ -121,6 +157,14 @@ class TestLab:
         labs.copy_run(tmp_path / "run", tmp_path / "copy")
         copied = {str(p.relative_to(tmp_path / "copy")) for p in (tmp_path / "copy").rglob("*") if p.is_file()}
         assert copied == {"manifest.jsonl", "round-1/groups/0"}
+
+
+def test_rates_are_chosen_on_other_questions() -> None:
+    own, other = small.QUESTIONS, objectives.OTHER_QUESTIONS
+    first = {question for _, question, _ in small.questions(tasks.TASKS, own)}
+    second = {question for _, question, _ in small.questions(tasks.TASKS, other, first)}
+    assert len(first) == len(second) == small.NUM_PROMPTS
+    assert not first & second
 
 
 class TestConfigs:
@@ -195,12 +239,12 @@ def test_the_page_shows_what_was_measured(lab: labs.Lab) -> None:
     for seed in labs.SEEDS:
         made = cell({"a": 0.25, "b": 0.25}, {"a": 0.75, "b": 0.75}) | facts
         lab.cell("recipes", f"text_to_sql/{seed}", lambda made=made: dict(made), None)
-        lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: dict(made), None)
+        lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: made | {"rate": 2e-4}, None)
         lab.cell("compute", f"8/{seed}", lambda made=made: {str(r): made for r in compute.ROUNDS}, None)
     text = "\n".join(page.evidence(lab))
     assert "| text_to_sql (3 seeds) | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
     assert "| 0.750 (0.750 to 0.750) | 0.900 |" in text  # after, best of 16
     assert "not run" in text
-    assert "| distill | 0.750" in text
+    assert "| distill | 0.0002 | 0.750" in text
     assert "| regress |" not in text
     assert "; 3,072 |" in text  # 8 answers, 4 rounds, 96 prompts

@@ -18,7 +18,8 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
     folder = small.folder(lab, size)
     place = lab.work / "compute" / size
     for seed in SEEDS:
-        common = {"seed": seed, "scorers": small.EXACT} | (train or {})
+        same = {"scorers": small.EXACT} | (train or {})
+        common = same | {"seed": seed}
 
         def rounds(n: int, seed: int = seed, common: Facts = common) -> Facts:
             directory = place / f"{n}-{seed}"
@@ -30,10 +31,14 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
         def target(n: int, t: int, seed: int = seed, common: Facts = common) -> Facts:
             directory = place / f"{n}-target-{t}-{seed}"
             settings = common | {"rounds": 1, "generate.group_size": n, "train.target_n": t}
-            return lab.run("tao.yaml", directory, settings, cwd=folder, start=place / f"{n}-{seed}")
+            if not (start := place / f"{n}-{seed}").exists():  # its cell is kept, its run is not
+                rounds(n, seed, common)
+            return lab.run("tao.yaml", directory, settings, cwd=folder, start=start)
 
         for n in GROUP_SIZES:
-            lab.cell("compute", f"{n}/{seed}", lambda n=n: rounds(n), [made_of(folder), common, ROUNDS])
+            of = [made_of(folder), same, ROUNDS]
+            lab.cell("compute", f"{n}/{seed}", lambda n=n: rounds(n), of, place / f"{n}-{seed}")
         for n in (8, 32):
             for t in TARGETS:
-                lab.cell("compute", f"{n}/target {t}/{seed}", lambda n=n, t=t: target(n, t), [made_of(folder), common])
+                name, directory = f"{n}/target {t}/{seed}", place / f"{n}-target-{t}-{seed}"
+                lab.cell("compute", name, lambda n=n, t=t: target(n, t), [made_of(folder), same], directory)

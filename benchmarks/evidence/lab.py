@@ -1,11 +1,12 @@
 """What experiments share: cells that are measured once and kept, runs by the command line, runs from others' groups.
 
-A *cell* is one finished run or measurement, with all that tells it apart from its neighbours in its name. Its facts are
-in evidence.json as soon as they are there, with a hash of what they were measured of: settings, prompts, the recipe's
-code, a decoder's weights. So an experiment that was stopped goes on where it was, and one whose settings changed is
-measured again; OpenTAO's own code is not part of the hash. A run that differs from another only in what comes after
-sampling starts from a copy of that run's directory: prompts, base samples and groups are then the same, byte for byte,
-and cost nothing.
+A *cell* is one finished run or measurement; its name has all that tells it apart from its neighbours, the seed last.
+Its facts are in evidence.json as soon as they are there, with a hash of what they were measured of: settings, prompts,
+the recipe's code, a decoder's weights. So an experiment that was stopped goes on where it was, and one whose settings
+changed is measured again, in a new directory; its other seeds go, so that no mean is over seeds of different things.
+The code of OpenTAO and of the experiments is not part of the hash (but for the demo's, which is its recipe). A run that
+differs from another only in what comes after sampling starts from a copy of that run's directory: prompts, base samples
+and groups are then the same, byte for byte, and cost nothing.
 """
 
 from __future__ import annotations
@@ -51,11 +52,18 @@ class Lab:
         found: dict[str, dict[str, Facts]] = json.loads(self.results.read_text()) if self.results.exists() else {}
         return found.get(experiment, {})
 
-    def cell(self, experiment: str, name: str, measure: Callable[[], Facts], of: object) -> Facts:
-        """The cell's facts: those kept of the same thing, or measured now. `of`: all that they depend on, as JSON."""
+    def cell(
+        self, experiment: str, name: str, measure: Callable[[], Facts], of: object, directory: Path | None = None
+    ) -> Facts:
+        """The cell's facts: those kept of the same thing, or measured now.
+
+        `of`: what they depend on but for the seed, as JSON. `directory`: of the run; one of something else goes first.
+        """
         key = content_hash(of)
         facts = self.kept(experiment).get(name, {})
         if facts.get("of") != key:
+            if directory:
+                _clear(directory, key)
             start = time.perf_counter()
             facts = measure()
             facts |= {"of": key, "wall_seconds": round(time.perf_counter() - start, 1)}
@@ -65,7 +73,12 @@ class Lab:
 
     def _keep(self, experiment: str, name: str, facts: Facts) -> None:
         found = json.loads(self.results.read_text()) if self.results.exists() else {}
-        found.setdefault(experiment, {})[name] = facts
+        cells = found.setdefault(experiment, {})
+        family, _, seed = name.rpartition("/")
+        for other in [n for n in cells if seed.isdigit() and n.rpartition("/")[0] == family]:
+            if cells[other].get("of") != facts["of"]:
+                del cells[other]
+        cells[name] = facts
         part = self.results.with_suffix(".part")
         part.write_text(as_text(found))
         part.replace(self.results)
@@ -77,9 +90,14 @@ class Lab:
             data = ["--data", str(self.data)] if self.data else []
             python(EXAMPLES / recipe / "prepare.py", "--out", str(out), *data, cwd=EXAMPLES)
 
-        own = (p for p in (EXAMPLES / recipe).glob("*.[py]*") if "financebench" not in p.name)  # those are for a GPU
-        code = [meaning(p) for p in (EXAMPLES / "sources.py", *sorted(own))]
-        return made(self.work / recipe / "files", code, prepare)
+        own = EXAMPLES / recipe
+        code = [
+            meaning(p) for p in (EXAMPLES / "sources.py", *sorted(own.glob("*.py"))) if "financebench" not in p.name
+        ]
+        out = made(self.work / recipe / "files", code, prepare)
+        for config in own.glob("*.yaml"):  # prompts and reward models do not depend on them
+            shutil.copy(config, out)
+        return out
 
     def run(
         self,
@@ -115,15 +133,37 @@ def _line(facts: Facts) -> str:
 
 
 def made(out: Path, of: object, make: Callable[[Path], None], mark: str = "made_of") -> Path:
-    """The folder `out`: there, or made now. What it was made of stands in it; made of something else, it goes first."""
-    key, stands = content_hash(of), out / mark
-    if stands.exists() and stands.read_text() != key:
-        shutil.rmtree(out)
-    if not stands.exists():  # what was stopped half-way goes on
+    """The folder `out`: there, or made now. What it is made of stands in it; made of something else, it goes first.
+
+    Something that was stopped half-way goes on.
+    """
+    key, stands, begun = content_hash(of), out / mark, out / f"{mark}.part"
+    if any(m.exists() and m.read_text() != key for m in (stands, begun)):
+        _remove(out)
+    if not stands.exists():
         out.mkdir(parents=True, exist_ok=True)
+        begun.write_text(key)
         make(out)
-        stands.write_text(key)
+        begun.rename(stands)
     return out
+
+
+def _clear(directory: Path, key: str) -> None:
+    """No directory of a run of something else; what is begun there from now on is of `key`."""
+    mark = directory.with_name(f"{directory.name}.of")
+    if not mark.exists() or mark.read_text() != key:
+        _remove(directory)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key)
+
+
+def _remove(folder: Path) -> None:
+    """At once or not at all, for whoever looks at it."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def made_of(folder: Path, mark: str = "made_of") -> str:
@@ -131,10 +171,14 @@ def made_of(folder: Path, mark: str = "made_of") -> str:
 
 
 def meaning(path: Path) -> str:
-    """The hash of a file; code without its comments and layout, and YAML without its own."""
+    """The hash of a file; code without comments, docstrings and layout, YAML without its comments and layout."""
     text = path.read_bytes()
     if path.suffix == ".py":
-        text = ast.unparse(ast.parse(text)).encode()
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value = ast.Constant(value=None)
+        text = ast.unparse(tree).encode()
     elif path.suffix == ".yaml":
         return content_hash(yaml.safe_load(text))
     return hashlib.sha256(text).hexdigest()[:16]

@@ -29,15 +29,20 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
     folder = small.folder(lab, size)
     place = lab.work / "labels" / size
     chosen: dict[int, tuple[int, float]] = {}
+
+    def where(n: int, passes: int, rate: float, seed: int) -> Path:
+        return place / f"{n}-{passes}-{rate:g}-{seed}"
+
     for seed in SEEDS:
-        common: Facts = {"seed": seed, "scorers": small.EXACT}
+        same: Facts = {"scorers": small.EXACT}
+        common = same | {"seed": seed}
         source = place / f"tao-{seed}"
 
         def one_tao(common: Facts = common, source: Path = source) -> Facts:
             return lab.run("tao.yaml", source, common | (tao or {}), cwd=folder)
 
         def one(n: int, passes: int, rate: float, common: Facts = common, source: Path = source) -> Facts:
-            directory = place / f"{n}-{passes}-{rate:g}-{common['seed']}"
+            directory = where(n, passes, rate, common["seed"])
             if not source.exists():  # the cell is kept, its run is not
                 one_tao(common, source)
             if not directory.exists():
@@ -47,19 +52,22 @@ def measure(lab: Lab, size: str = "3M", tao: Facts | None = None, fine_tuning: F
             return essence_alone(directory) | {"settings": {name: settings[name] for name in OF_GRID}}
 
         def by_choices(common: Facts = common, source: Path = source) -> Facts:
+            if not source.exists():
+                one_tao(common, source)
             settings = common | (tao or {}) | BY_CHOICES
             return lab.run("tao.yaml", place / f"choices-{common['seed']}", settings, cwd=folder, start=source)
 
-        def of(n: int, passes: int, rate: float, common: Facts = common) -> object:
-            return [made_of(folder), common | supervised(fine_tuning, passes, rate), n]
-
-        lab.cell("labels", f"TAO/{seed}", one_tao, [made_of(folder), common | (tao or {})])
+        lab.cell("labels", f"TAO/{seed}", one_tao, [made_of(folder), same | (tao or {})], source)
         choices = small.preferences(lab, size)
-        of_choices = [made_of(choices, "rewards_of"), common | (tao or {}) | BY_CHOICES]
-        lab.cell("labels", f"TAO by choices/{seed}", by_choices, of_choices)
+        of_choices = [made_of(choices, "rewards_of"), same | (tao or {}) | BY_CHOICES]
+        lab.cell("labels", f"TAO by choices/{seed}", by_choices, of_choices, place / f"choices-{seed}")
         for n in SIZES:
-            chosen[n] = _best(lab, n, one, of) if seed == SEEDS[0] else chosen[n]
-            lab.cell("labels", f"{n}/{seed}", lambda n=n: one(n, *chosen[n]), of(n, *chosen[n]))
+            of = [made_of(folder), same | supervised(fine_tuning, 0, 0.0), GRID]
+            if seed == SEEDS[0]:
+                chosen[n], facts = _best(lab, n, one, of, where)
+                lab.cell("labels", f"{n}/{seed}", lambda facts=facts: dict(facts), of)
+            else:
+                lab.cell("labels", f"{n}/{seed}", lambda n=n: one(n, *chosen[n]), of, where(n, *chosen[n], seed))
 
 
 def supervised(fine_tuning: Facts | None, passes: int, rate: float) -> Facts:
@@ -68,16 +76,21 @@ def supervised(fine_tuning: Facts | None, passes: int, rate: float) -> Facts:
 
 
 def _best(
-    lab: Lab, n: int, one: Callable[[int, int, float], Facts], of: Callable[[int, int, float], object]
-) -> tuple[int, float]:
-    """Passes and rate whose audit is best on the first seed."""
+    lab: Lab,
+    n: int,
+    one: Callable[[int, int, float], Facts],
+    of: object,
+    where: Callable[[int, int, float, int], Path],
+) -> tuple[tuple[int, float], Facts]:
+    """Passes and rate whose audit is best on the first seed, and that run."""
 
-    def audit(how: tuple[int, float]) -> float:
+    def measured(how: tuple[int, float]) -> Facts:
         name = f"{n}/{how[0]} passes at {how[1]:g}"
-        found = lab.cell("labels, settings", name, lambda: one(n, *how), of(n, *how))
-        return float(found["after"]["audit"]["first_try"]["mean"])
+        return lab.cell("labels, settings", name, lambda: one(n, *how), of, where(n, *how, SEEDS[0]))
 
-    return max(GRID, key=audit)
+    found = {how: measured(how) for how in GRID}
+    best = max(found, key=lambda how: found[how]["after"]["audit"]["first_try"]["mean"])
+    return best, found[best]
 
 
 def fine_tune(config: str, directory: Path, size: int, overrides: list[str], label: str = "label") -> None:

@@ -16,11 +16,10 @@ def measure(lab: Lab, size: str = "3M", train: Facts | None = None) -> None:
             name = "all" if tasks == TASKS else tasks[0]
             folder = small.folder(lab, size, tasks)
             prompts = every * len(tasks) // len(TASKS)
-            settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT, "prompts_per_round": prompts}
-            settings |= train or {}
+            settings = {"rounds": 2, "scorers": small.EXACT, "prompts_per_round": prompts} | (train or {})
+            directory = lab.work / "multi" / size / f"{name}-{seed}"
 
-            def one(name: str = name, settings: Facts = settings, folder: Path = folder) -> Facts:
-                directory = lab.work / "multi" / f"{name}-{settings['seed']}"
-                return lab.run("tao.yaml", directory, settings, cwd=folder)
+            def one(d: Path = directory, s: Facts = settings | {"seed": seed}, folder: Path = folder) -> Facts:
+                return lab.run("tao.yaml", d, s, cwd=folder)
 
-            lab.cell("multi-task", f"{name}/{seed}", one, [made_of(folder), settings])
+            lab.cell("multi-task", f"{name}/{seed}", one, [made_of(folder), settings], directory)

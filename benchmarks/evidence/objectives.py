@@ -67,13 +67,17 @@ def measure(lab: Lab, task: Task) -> None:
         for reward in REWARDS:
             for variant, change in VARIANTS.items():
                 directory = lab.work / "objectives" / task.name / f"{reward}-{variant.replace(' ', '-')}-{seed}"
-                settings = {"seed": seed, "rounds": 1, "scorers": scorers(task, reward)} | task.settings | change
+                settings = {"rounds": 1, "scorers": scorers(task, reward)} | task.settings | change
                 settings["train.learning_rate"] = rates[variant]
+                judge = made_of(task.folder, "rewards_of") if reward in ("dbrm", "flipped") else NOISE
                 lab.cell(
                     "objectives",
                     f"{task.name}/{reward}/{variant}/{seed}",
-                    lambda d=directory, s=settings, f=start: lab.run("tao.yaml", d, s, cwd=task.folder, start=f),
-                    [made_of(task.folder, "rewards_of"), settings],
+                    lambda d=directory, s=settings | {"seed": seed}, f=start: (
+                        lab.run("tao.yaml", d, s, cwd=task.folder, start=f) | {"rate": s["train.learning_rate"]}
+                    ),
+                    [made_of(task.folder), settings, judge],
+                    directory,
                 )
                 start = start or (directory if directory.exists() else None)
 
@@ -93,6 +97,7 @@ def _rate(lab: Lab, task: Task, variant: str) -> float:
             f"{task.name}/{variant}/{rate:g}",
             lambda: lab.run("tao.yaml", directory, settings, cwd=task.choosing, start=start),
             [made_of(task.choosing), settings],
+            directory,
         )
         return float(found["after"]["audit"]["first_try"]["mean"])
 

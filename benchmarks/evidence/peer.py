@@ -72,7 +72,7 @@ def measure(lab: Lab, match: Match) -> None:
     for seed in SEEDS:
         of = [made_of(match.folder), match.settings, match.rounds]
         ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s), of)
-        of = [of, match.theirs, match.times, ours["points"]]
+        of = [of, match.theirs, match.times, POLICIES]
         lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o), of)
 
 
@@ -101,7 +101,7 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
     ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
     out = made(
         lab.work / "peer" / match.name / f"trl-{seed}",
-        [match.settings, match.theirs, match.times, ours_took],
+        [match.settings, match.theirs, match.times, ours_took, POLICIES],
         lambda out: _train(lab, match, seed, out, match.times * ours_took),
     )
     points = ours["points"][:1]
@@ -119,6 +119,8 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
 def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None:
     """The prompts that ours trained on, by their place in the file that the service reads."""
     ours = out.with_name(f"opentao-{seed}")
+    if not ours.exists():  # its cell is kept, its run is not
+        _ours(lab, match, seed)
     config = _resolved(ours)
     places = {p.id: i for i, p in enumerate(read_prompts(match.folder / "prompts.jsonl").prompts)}
     with Run(ours, read_only=True) as run:

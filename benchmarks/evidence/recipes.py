@@ -61,26 +61,36 @@ RECIPES = (
 def measure(lab: Lab, names: list[str]) -> None:
     for recipe in (r for r in RECIPES if r.name in names):
         for seed in SEEDS:
-            lab.cell("recipes", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _recipe(lab, r, s), key(lab, recipe))
+            name = f"{recipe.name}/{seed}"
+            of = [_prompts_of(lab, recipe), _steps(lab, recipe)]
+            lab.cell("recipes", name, lambda r=recipe, s=seed: _recipe(lab, r, s), of, run_of(lab, recipe, seed))
         for seed in SEEDS:
-            of = [key(lab, recipe), NOISE, RANDOM]
-            lab.cell("random reward", f"{recipe.name}/{seed}", lambda r=recipe, s=seed: _random(lab, r, s), of)
+            name, of = f"{recipe.name}/{seed}", [_prompts_of(lab, recipe), NOISE, RANDOM]
+            directory = run_of(lab, recipe, seed, "random")
+            lab.cell("random reward", name, lambda r=recipe, s=seed: _random(lab, r, s), of, directory)
 
 
-def key(lab: Lab, recipe: Recipe) -> list[str]:
-    """What the recipe's cells are of."""
+def run_of(lab: Lab, recipe: Recipe, seed: int, kind: str = "seed") -> Path:
+    return lab.work / recipe.name / f"{kind}-{seed}"
+
+
+def _prompts_of(lab: Lab, recipe: Recipe) -> list[str]:
+    """The recipe's prompts, code and config."""
     if recipe.name == "support_triage":
         package = Path(opentao.__file__).parent
         return [meaning(package / name) for name in ("demo.py", "data/tickets.jsonl")]
-    return [made_of(lab.folder(recipe.name)), *_steps(recipe)]
+    return [made_of(folder := lab.folder(recipe.name)), meaning(folder / "tao.yaml")]
 
 
-def _steps(recipe: Recipe) -> list[str]:
-    return [content_hash(recipe.before), meaning(EXAMPLES / "preferences.py")] if recipe.before else []
+def _steps(lab: Lab, recipe: Recipe) -> list[str]:
+    """What is done before its run, with the files that say how."""
+    files = {word for step in recipe.before for word in step if word.endswith((".yaml", ".py"))}
+    code = [meaning(p) for n in sorted(files) for p in (lab.folder(recipe.name) / n, EXAMPLES / n) if p.exists()]
+    return [content_hash(recipe.before), *code]
 
 
 def _recipe(lab: Lab, recipe: Recipe, seed: int) -> Facts:
-    directory = lab.work / recipe.name / f"seed-{seed}"
+    directory = run_of(lab, recipe, seed)
     first = seed == SEEDS[0]  # its policy is kept, for `unbroken`
     if recipe.name == "support_triage":
         tao("demo", "--run", str(directory), "--seed", str(seed), cwd=lab.work / recipe.name)
@@ -111,19 +121,19 @@ def _before(lab: Lab, recipe: Recipe) -> Path:
             else:
                 tao(command, *arguments, cwd=folder)
 
-    return made(lab.folder(recipe.name), key(lab, recipe), make, mark="ready_of")
+    folder = lab.folder(recipe.name)
+    return made(folder, [made_of(folder), _steps(lab, recipe)], make, mark="ready_of")
 
 
 def _random(lab: Lab, recipe: Recipe, seed: int) -> Facts:
-    """One round, from the recipe's own first groups if they are there: only what they are worth differs."""
-    source = lab.work / recipe.name / f"seed-{seed}"
-    directory = lab.work / recipe.name / f"random-{seed}"
+    """One round from the recipe's own first groups: only what they are worth differs."""
+    source, directory = run_of(lab, recipe, seed), run_of(lab, recipe, seed, "random")
+    if not (source / "summary.json").exists():  # its cell is kept, its run is not
+        _recipe(lab, recipe, seed)
     demo = recipe.name == "support_triage"
     folder = source if demo else lab.folder(recipe.name)
     (folder / "noise.py").write_text(NOISE)
     config = "config.yaml" if demo else "tao.yaml"
-    if not (source / "summary.json").exists():
-        return lab.run(config, directory, RANDOM | {"seed": seed}, cwd=folder)
     with Run(source, read_only=True) as run:
         prompts = sum(len(run.read_table(name)) for name in run.names("round-1/groups/"))
     settings = RANDOM | {"seed": seed, "prompts_per_round": prompts}

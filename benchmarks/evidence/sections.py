@@ -35,6 +35,7 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
             yield from (f"#### {task}, reward {reward}", "")
             yield from head(
                 "objective",
+                "rate",
                 "reward",
                 "audit",
                 "audit gain",
@@ -48,6 +49,7 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
             for variant, own in found.items():
                 yield row(
                     variant,
+                    f"{own[0]['rate']:g}" if "rate" in own[0] else "",
                     number(first_try(own, "after", "reward")),
                     number(first_try(own, "after", "audit")),
                     signed(gain(own, "audit")),

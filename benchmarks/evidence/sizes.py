@@ -15,11 +15,10 @@ def measure(lab: Lab, train: Facts | None = None) -> None:
     for size in (*SIZES, "135M"):
         folder = small.folder(lab, size)
         for seed in SEEDS:
-            settings = {"seed": seed, "rounds": 2, "scorers": small.EXACT} | (train or {})
-            settings |= {"train.learning_rate": RATES[size]}
+            settings = {"rounds": 2, "scorers": small.EXACT} | (train or {}) | {"train.learning_rate": RATES[size]}
+            directory = lab.work / "sizes" / f"{size}-{seed}"
 
-            def one(size: str = size, settings: Facts = settings, folder: Path = folder) -> Facts:
-                directory = lab.work / "sizes" / f"{size}-{settings['seed']}"
-                return lab.run("tao.yaml", directory, settings, cwd=folder)
+            def one(d: Path = directory, s: Facts = settings | {"seed": seed}, folder: Path = folder) -> Facts:
+                return lab.run("tao.yaml", d, s, cwd=folder)
 
-            lab.cell("sizes", f"{size}/{seed}", one, [made_of(folder), settings])
+            lab.cell("sizes", f"{size}/{seed}", one, [made_of(folder), settings], directory)

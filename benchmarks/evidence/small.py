@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from lab import HERE, Facts, Lab, made, made_of, meaning, python, tao
@@ -68,17 +69,26 @@ def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS, draw: int = QUES
 
 def _write(out: Path, size: str, model: str, tasks: tuple[str, ...], draw: int) -> None:
     shutil.copy(HERE / "tasks.py", out)
-    rng = random.Random(draw)
-    rows, seen = [], set[str]()
-    while len(rows) < NUM_PROMPTS:
-        task = tasks[len(rows) % len(tasks)]
-        question, right, _ = make(task, rng)
-        if question not in seen:
-            seen.add(question)
-            shown = SHOWN if size == "135M" else []
-            rows.append({"messages": [*shown, {"role": "user", "content": question}], "task": task, "label": right})
+    taken = {question for _, question, _ in questions(tasks, QUESTIONS)} if draw != QUESTIONS else set[str]()
+    shown = SHOWN if size == "135M" else []
+    rows = [
+        {"messages": [*shown, {"role": "user", "content": question}], "task": task, "label": right}
+        for task, question, right in questions(tasks, draw, taken)
+    ]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "tao.yaml").write_text(json.dumps({"model": model} | CONFIG, indent=1))  # JSON is YAML
+
+
+def questions(tasks: tuple[str, ...], draw: int, taken: AbstractSet[str] = frozenset()) -> list[tuple[str, str, str]]:
+    """NUM_PROMPTS of (task, question, right answer), tasks in turn; none twice, none of those taken."""
+    rng = random.Random(draw)
+    found: dict[str, tuple[str, str, str]] = {}
+    while len(found) < NUM_PROMPTS:
+        task = tasks[len(found) % len(tasks)]
+        question, right, _ = make(task, rng)
+        if question not in taken:
+            found.setdefault(question, (task, question, right))
+    return list(found.values())
 
 
 def preferences(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lab import HERE, Facts, Lab, changes, first_tries, summary_of, tao
+from inference_cost import NUM_WARM, PASSES
+from lab import HERE, Facts, Lab, changes, first_tries, made, made_of, summary_of, tao
 
 from opentao.bestofn import bootstrap, paired_difference
 
@@ -35,14 +36,24 @@ def measure(lab: Lab, names: Sequence[str]) -> None:
             continue  # nothing was kept, so nothing can be broken
         where = str(run / policy)
         recipes = lab.kept("recipes")
+        if f"{trained}/0" not in recipes:
+            continue
         own = recipes[f"{trained}/0"]["first_tries"]
-        lab.cell("inference cost", trained, lambda d=run: _cost(d), [own])
-        lab.cell("general text", trained, lambda p=where: _perplexity(lab, p), [own, LONGEST])
+        lab.cell("inference cost", trained, lambda d=run: _cost(d), [own, PASSES, NUM_WARM])
+        texts = made_of(lab.folder("document_qa"))
+        lab.cell("general text", trained, lambda p=where: _perplexity(lab, p), [own, texts, LONGEST])
         for other in names:
             if other in (trained, "support_triage") or f"{other}/0" not in recipes:  # the demo has no folder
                 continue
             of = [own, recipes[f"{other}/0"]["first_tries"]["base"], FEW]
-            lab.cell("other tasks", f"{trained}/{other}", lambda t=trained, o=other, p=where: _other(lab, t, o, p), of)
+            directory = lab.work / "unbroken" / f"{trained}-{other}"
+            lab.cell(
+                "other tasks",
+                f"{trained}/{other}",
+                lambda o=other, p=where, d=directory: _other(lab, o, p, d),
+                of,
+                directory,
+            )
 
 
 def _cost(run: Path) -> Facts:
@@ -80,21 +91,21 @@ def vars_of(interval: object) -> Facts:
 
 def _paragraphs(lab: Lab) -> Path:
     """Held-out paragraphs of document_qa, one a line."""
-    out = lab.work / "general.jsonl"
-    if not out.exists():
-        rows = [
-            json.loads(line) for line in (lab.folder("document_qa") / "heldout.jsonl").read_text("utf-8").splitlines()
-        ]
+    folder = lab.folder("document_qa")
+
+    def write(out: Path) -> None:
+        rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text("utf-8").splitlines()]
         texts = {
             row["document"]: row["prompt"].partition("Passage: ")[2].partition("\n\nQuestion: ")[0] for row in rows
         }
-        out.write_text("".join(json.dumps(text) + "\n" for text in texts.values()))
-    return out
+        (out / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts.values()))
+
+    return made(lab.work / "general", [made_of(folder)], write) / "texts.jsonl"
 
 
-def _other(lab: Lab, trained: str, other: str, policy: str) -> Facts:
+def _other(lab: Lab, other: str, policy: str, directory: Path) -> Facts:
     """The other recipe's held-out prompts, with few tries: the tuned policy's audit beside its base's own."""
-    folder, directory = lab.folder(other), lab.work / "unbroken" / f"{trained}-{other}"
+    folder = lab.folder(other)
     given = [f"--set={change}" for change in changes(FEW | {"model": policy})]
     tao("predict", "tao.yaml", "--run", str(directory), *given, cwd=folder)
     base = lab.kept("recipes")[f"{other}/0"]["first_tries"]["base"]
