@@ -188,6 +188,22 @@ def test_every_pair_comes_once_in_either_order(tmp_path: Path) -> None:
     assert next_task(choices, "ann", Plan(repeats=0.0)) is None
 
 
+def test_two_people_at_once_are_shown_different_pairs(tmp_path: Path) -> None:
+    """What is open with one is held back from the other, unless it is for everybody; not for ever."""
+    choices = Choices(tmp_path / "c.sqlite")
+    choices.add_items(items(2, 2))
+    for name in ("ann", "bo", "cy"):
+        choices.add_annotator(name)
+    plan = Plan(repeats=0.0, overlap=0.0, information={i.id: np.ones((2, 2)) for i in choices.items()})
+    first, second = (next_task(choices, name, plan) for name in ("ann", "bo"))
+    assert first and second and first.item != second.item
+    assert next_task(choices, "cy", plan) is None
+    with choices.db:
+        choices.db.execute("UPDATE tasks SET issued = issued - 3600 WHERE annotator = 'ann'")
+    again = next_task(choices, "cy", plan)
+    assert again and again.item == first.item
+
+
 def test_a_reload_shows_the_same(choices: Choices) -> None:
     assert next_task(choices, "ann", Plan()) == next_task(choices, "ann", Plan())
 
@@ -338,7 +354,44 @@ def test_a_ranking_with_equals_is_imported_as_pairs(tmp_path: Path) -> None:
     ]
 
 
+def test_right_answers_are_not_ordered_by_the_way(choices: Choices, tmp_path: Path) -> None:
+    """Of two right answers beside a wrong one nobody said which is better."""
+    item = choices.items()[0]
+    for place, right in ((0, True), (1, True), (2, False)):
+        judge(choices, "ann", item, (place,), {"right": right})
+    [exported] = rankings_of(choices)
+    other = Choices(tmp_path / "other.sqlite")
+    assert import_rankings(other, [exported]) == 2
+    a, b, c = item.responses
+    assert sorted((r.texts, r.ranks) for r in rankings_of(other)) == [((a, c), (1.0, 2.0)), ((b, c), (1.0, 2.0))]
+
+
+def test_a_file_imported_twice_changes_nothing(tmp_path: Path) -> None:
+    time, prompt = "2026-01-02T03:04:05+00:00", Prompt.from_text("x")
+    rankings = [
+        Ranking(prompt=prompt, texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann", facts={"time": time}),
+        Ranking(prompt=prompt, texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann", facts={"repeat": True}),
+        Ranking(prompt=prompt, texts=("4", "4", "5"), ranks=(1.0, 1.0, 2.0)),
+        Ranking(prompt=prompt, texts=("5", "5"), ranks=(1.0, 1.0)),
+        Ranking(prompt=prompt, texts=("c", "d"), ranks=(1.0, 2.0)),
+        Ranking(prompt=prompt, texts=("c", "d"), ranks=(1.0, 2.0)),  # somebody else, who also has no name
+    ]
+    choices = Choices(tmp_path / "c.sqlite")
+    assert [import_rankings(choices, rankings) for _ in range(2)] == [5, 0]
+    made = rankings_of(choices)
+    assert made[0].facts["time"] == "2026-01-02T03:04:05.000+00:00"
+    assert [r.facts.get("repeat", False) for r in made if r.annotator == "ann"] == [False, True]
+    assert choices.open_task("import") is None
+
+
 # --- what there is to judge
+
+
+def test_half_an_emoji_is_an_error_with_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "x", "responses": ["a", "b"]}\n{"prompt": "x", "responses": ["\\ud83d", "b"]}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid Unicode"):
+        read_items(source)
 
 
 def test_held_out_prompts_are_not_shown(tmp_path: Path) -> None:

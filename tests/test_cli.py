@@ -283,6 +283,12 @@ class TestForPeople:
     def test_import(self, tao: Tao, tmp_path: Path) -> None:
         (tmp_path / "log.csv").write_text("prompt\nWhere is it?\n")
         assert tao("import", "log.csv").out == "1 row of CSV, prompts from key `prompt`\n1 prompts -> prompts.jsonl\n"
+        before = (tmp_path / "prompts.jsonl").read_bytes()
+        for source in ("log.csv", "prompts.jsonl"):
+            result = tao("import", source)
+            assert result.code == 1
+            assert result.complaint.startswith("prompts.jsonl: exists already and is not overwritten")
+        assert (tmp_path / "prompts.jsonl").read_bytes() == before
         result = tao("import", "log.csv", "--out", "absent/p.jsonl")
         assert (result.code, result.complaint) == (1, "No such file or directory: absent/p.jsonl")
 

@@ -103,6 +103,19 @@ def test_bad_yaml_names_the_line(config_file: Path) -> None:
     assert complaint(config_file, "model: tiny\nprompts: {path: x\nscorers: 1\n").startswith("tao.yaml:3: not valid")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD + "train: {epochs: 4}\n", "train: given twice, first on line "),
+        (GOOD.replace("{max: 20}", "{max: 20, max: 9}"), "tao.yaml:6: max: given twice, first on line 6"),
+        (GOOD.replace("    args: {max", "    args: {min: 1}\n    args: {max"), "args: given twice, first on line 6"),
+    ],
+)
+def test_a_key_given_twice_is_an_error(config_file: Path, text: str, expected: str) -> None:
+    """YAML would keep the last one, and the first would be gone without a word."""
+    assert expected in complaint(config_file, text)
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")

@@ -22,6 +22,7 @@ from opentao.demo import (
     tickets,
     write_tickets,
 )
+from opentao.errors import StoreError
 from opentao.prompts import read_prompts
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
@@ -68,8 +69,13 @@ def test_labels_are_written_for_the_audit_alone(tmp_path: Path) -> None:
 
 
 def test_seeds_choose_other_tickets(tmp_path: Path) -> None:
-    first, again, other = (write_tickets(tmp_path, config_of(tmp_path, s), s) for s in (0, 0, 1))
+    folders = tmp_path / "a", tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    first, again, other = (write_tickets(f, config_of(f, s), s) for f, s in zip(folders, (0, 0, 1), strict=True))
     assert first == again != other
+    with pytest.raises(StoreError, match=r"tickets\.jsonl: of another seed, or changed by hand; name another"):
+        write_tickets(folders[0], config_of(folders[0], 1), 1)
 
 
 def answer(category: str, summary: str = "A customer asks.") -> str:

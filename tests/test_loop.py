@@ -236,7 +236,7 @@ class TestResume:
         once = {"type": "toy_scorers:Once", "name": "once", "weight": 0.5, "args": {"seen": str(tmp_path / "seen")}}
         tree |= {"scorers": [flaky, once]}
         first = go(tmp_path / "run", tree)
-        assert first.summary["why"] == "No step was taken: no response could be scored."
+        assert first.summary["why"].startswith("No step was taken: no response could be scored (judge: ")
         down.rmdir()
         again = go(tmp_path / "run", tree)
         assert again.summary["unscored"] == {}
@@ -356,9 +356,11 @@ class TestKeepBase:
         sampled = 4 + 1 + 4 + 1  # base and unchanged policy: a group and a greedy response a held-out prompt
         assert summary["unscored"] == {"judge": heldout * sampled + train * 4}
         assert summary["verdict"] == "keep base"
-        assert summary["why"] == "No step was taken: no response could be scored."
+        reason = "no response could be scored (judge: RuntimeError: the judge is down)"
+        assert summary["why"] == f"No step was taken: {reason}."
         assert summary["base"]["first_try"] == {"mean": None, "low": None, "high": None, "n": 0}
-        assert any("no response could be scored: no step taken" in note for note in case.notes)
+        assert any(f"{reason}: no step taken" in note for note in case.notes)
+        assert "base: held-out: scored nothing: judge: RuntimeError: the judge is down" in case.notes
         assert not (tmp_path / "round-1/policy").exists()
         table = rows(tmp_path, "round-1/scores/00000.parquet")
         assert {row["error"] for row in table if row["scorer"] == "judge"} == {"RuntimeError: the judge is down"}

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from opentao.config import PromptsConfig
 from opentao.errors import DataError
+from opentao.preferences import read_preferences
 from opentao.prompts import Reading, SetAside, read_prompts
 from opentao.split import near_duplicates, split, split_given
 from opentao.store import prompts_to_table, table_to_prompts
@@ -128,7 +129,7 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text('prompt,label\na,1\nb\nc,2,3\n"d"x,4\ne,5\n"never closed,6\nf,7\n')
     reading = read_prompts(path)
-    assert [p.text for p in reading.prompts] == ["a", "e"]
+    assert [p.text for p in reading.prompts] == ["a", "e", "f"]
     assert [(s.line, s.reason) for s in reading.set_aside] == [
         (3, "1 cell for 2 columns"),
         (4, "3 cells for 2 columns"),
@@ -137,9 +138,27 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
     ]
 
 
+def test_an_unclosed_quote_takes_one_row_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    rows = [f"prompt {i}" for i in range(50)]
+    for last in ("end", '"a, b"', '"two\nlines"'):
+        path.write_text("\n".join(["prompt", '"Where is my parcel', *rows, last, ""]))
+        reading = read_prompts(path)
+        assert [p.text for p in reading.prompts] == [*rows, last.strip('"')]
+        assert [s.line for s in reading.set_aside] == [2]
+
+
 def test_csv_takes_long_documents(tmp_path: Path) -> None:
     text = "word " * 60_000
     assert read_prompts(write_csv(tmp_path / "p.csv", ["prompt"], [[text]])).prompts[0].text == text
+
+
+def test_times_in_nanoseconds(tmp_path: Path) -> None:
+    times = pa.array([1_700_000_000_000_000_001], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["x"], "at": times}), tmp_path / "p.parquet")
+    assert [p.text for p in read_prompts(tmp_path / "p.parquet").prompts] == ["x"]
+    pq.write_table(pa.table({"prompt": ["x"], "chosen": ["a"], "rejected": ["b"], "at": times}), tmp_path / "c.parquet")
+    assert len(read_preferences(tmp_path / "c.parquet").rankings) == 1
 
 
 def test_parquet(tmp_path: Path) -> None:

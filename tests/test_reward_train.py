@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from opentao.reward_train import (
     uses_plackett_luce,
 )
 from opentao.scorers.registry import build_scorer
-from opentao.scorers.run import run_scorer
+from opentao.scorers.run import run_scorer, run_scorer_many
 from opentao.types import Group, Prompt, Response
 
 
@@ -123,6 +124,19 @@ def test_pessimism_needs_an_ensemble(guided: RewardModel, tmp_path: Path) -> Non
     args = {"model": str(tmp_path / "rm"), "pessimism": 1.0}
     found = run_scorer(build_scorer(ScorerConfig(type="reward_model", args=args)), group_of(*ANSWERS))
     assert {(s.error or "").partition(":")[0] for s in found} == {"ModelError"}
+    together = run_scorer_many(build_scorer(ScorerConfig(type="reward_model", args=args)), [group_of(*ANSWERS)] * 2)
+    assert {(s.error or "").partition(":")[0] for scores in together for s in scores} == {"ModelError"}
+
+
+def test_what_is_too_long_is_left_out(tiny_model_dir: Path, tmp_path: Path) -> None:
+    long = Ranking(prompt=Prompt.from_text("long " * 300), texts=("a", "b"), ranks=(1.0, 2.0))
+    progress, config = Progress(quiet=True), RewardTraining(heldout=0.0, max_tokens=200)
+    facts = train_to_folder(str(tiny_model_dir), [*toy_rankings(4), long], config, tmp_path / "rm", progress)
+    assert (facts["rankings"], facts["too_long"]) == (4, 1)
+    [note] = progress.notes
+    assert re.match(r"1 rankings are longer than 200 tokens and left out, first: [\d,]+ tokens with .*'long long", note)
+    with pytest.raises(ModelError, match="no ranking has at most 200 tokens"):
+        train_to_folder(str(tiny_model_dir), [long], config, tmp_path / "none", progress)
 
 
 def test_a_random_head_is_as_long_as_the_guided_one_and_elsewhere(tiny_model_dir: Path) -> None:

@@ -29,6 +29,13 @@ from opentao.store import (
 from opentao.types import NAN, Failure, Group, Prompt, Response, Score
 
 
+def test_the_keys_of_a_tool_keep_their_order() -> None:
+    """A chat template writes them as they come."""
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": 2}}}
+    [back] = table_to_prompts(prompts_to_table([Prompt(messages=({"role": "user", "content": "x"},), tools=(tool,))]))
+    assert json.dumps(back.tools) == json.dumps((tool,))
+
+
 def group(text: str = "Hello?", num: int = 2) -> Group:
     prompt = Prompt(
         messages=({"role": "system", "content": "Be kind."}, {"role": "user", "content": text}),

@@ -4,9 +4,9 @@ A *cell* is one finished run or measurement; its name has all that tells it apar
 Its facts are in evidence.json as soon as they are there, with a hash of what they were measured of: settings, prompts,
 the recipe's code, a decoder's weights. So an experiment that was stopped goes on where it was, and one whose settings
 changed is measured again, in a new directory; its other seeds go, so that no mean is over seeds of different things.
-The code of OpenTAO and of the experiments is not part of the hash (but for the demo's, which is its recipe). A run that
-differs from another only in what comes after sampling starts from a copy of that run's directory: prompts, base samples
-and groups are then the same, byte for byte, and cost nothing.
+The code of OpenTAO and of the experiments is not part of the hash. A run that differs from another only in what comes
+after sampling starts from a copy of that run's directory: prompts, base samples and groups are then the same, byte for
+byte, and cost nothing.
 """
 
 from __future__ import annotations

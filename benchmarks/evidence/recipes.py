@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lab import EXAMPLES, SEEDS, Facts, Lab, essence_alone, made, made_of, meaning, python, tao
 
-import opentao
+from opentao import demo
 from opentao.report import compare
 from opentao.store import Run
 from opentao.summary import Evaluation, read
@@ -77,8 +77,8 @@ def run_of(lab: Lab, recipe: Recipe, seed: int, kind: str = "seed") -> Path:
 def _prompts_of(lab: Lab, recipe: Recipe) -> list[str]:
     """The recipe's prompts, code and config."""
     if recipe.name == "support_triage":
-        package = Path(opentao.__file__).parent
-        return [meaning(package / name) for name in ("demo.py", "data/tickets.jsonl")]
+        config = demo.config_of(Path("demo"), 0).model_dump(mode="json")
+        return [content_hash(config, demo.tickets(), demo.NUM_PREFERENCE_TICKETS, asdict(demo.REWARD_TRAINING))]
     return [made_of(folder := lab.folder(recipe.name)), meaning(folder / "tao.yaml")]
 
 

@@ -157,11 +157,14 @@ def import_command(
     """Read prompts or request logs, say what was understood, and write them as JSONL."""
     from opentao.prompts import read_prompts
 
+    if out.exists():
+        raise DataError(f"{out}: exists already and is not overwritten; name another file with --out")
     reading = read_prompts(source)
-    _write_lines(out, [_prompt_line(p) for p in reading.prompts])
     aside = out.with_suffix(".set_aside.jsonl")
+    aside.unlink(missing_ok=True)  # of an earlier file of that name
     if reading.set_aside:
         _write_lines(aside, [row.as_dict() for row in reading.set_aside])
+    _write_lines(out, [_prompt_line(p) for p in reading.prompts])
     facts = {"prompts": len(reading.prompts), "set_aside": len(reading.set_aside), "understood": reading.understood}
     emit(facts | {"out": str(out)}, as_json, f"{reading.understood}\n{len(reading.prompts)} prompts -> {out}")
 
@@ -175,7 +178,12 @@ def _prompt_line(prompt: Any) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+    except OSError as error:  # of the file that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    part.replace(path)
 
 
 @app.command()
@@ -216,7 +224,8 @@ def score(
             "informative": sum(g.informative for g in groups),
             "unscored": dict(unscored(groups)),
         }
-    emit(facts, as_json, f"{facts['groups']} groups scored, {facts['informative']} informative")
+    missing = "".join(f"; {name}: {count} responses unscored" for name, count in facts["unscored"].items())
+    emit(facts, as_json, f"{facts['groups']} groups scored, {facts['informative']} informative{missing}")
 
 
 @app.command()

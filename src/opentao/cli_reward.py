@@ -42,6 +42,9 @@ def reward_train(
     heldout: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of prompts for early stop and calibration.")
     ] = 0.1,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Rankings with a longer prompt and answer are left out.")
+    ] = 2048,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -66,6 +69,7 @@ def reward_train(
         ensemble=ensemble,
         instruction_dropout=instruction_dropout,
         heldout=heldout,
+        max_tokens=max_tokens,
         seed=seed,
     )
     with Progress() as progress:

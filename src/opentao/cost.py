@@ -11,13 +11,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from opentao.config import ROW_TOKENS, ROWS, Config  # a GPU takes more if it has room, never less
-from opentao.errors import DataError
-from opentao.types import Prompt, SamplingPlan
+from opentao.errors import DataError, ModelError
+from opentao.types import Engine, Prompt, SamplingPlan
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +151,7 @@ def estimate(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     policy = Policy.of_base(config.model, trust_remote_code=config.trust_remote_code)
     loaded = load_for_training(policy, config.train, config.seed)
     prompt_tokens = mean_prompt_tokens(loaded.tokenizer, prompts)
-    probe = measure(loaded, config, prompts[0])
+    probe = measure(loaded, config, prompts)
     stages = count_tokens(config, len(prompts), prompt_tokens)
     heldout, per_round = split_sizes(config, len(prompts))
     peaks = [probe.peak_bytes(config.of_round(r)) for r in (1, config.rounds)]
@@ -165,11 +168,16 @@ def mean_prompt_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> float:
     """Mean length under the chat template, from an even sample."""
     from opentao.policy import encode_prompt
 
-    sample = prompts[:: max(1, len(prompts) // SAMPLED_PROMPTS)]
-    return sum(len(encode_prompt(tokenizer, p.messages, p.tools)) for p in sample) / len(sample)
+    lengths = []
+    for prompt in prompts[:: max(1, len(prompts) // SAMPLED_PROMPTS)]:
+        with suppress(TemplateError):  # such a prompt's group is a failure, and costs nothing
+            lengths.append(len(encode_prompt(tokenizer, prompt.messages, prompt.tools)))
+    if not lengths:
+        raise ModelError("the model's chat template takes none of the prompts that were looked at")
+    return sum(lengths) / len(lengths)
 
 
-def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
+def measure(loaded: Any, config: Config, prompts: Sequence[Prompt]) -> Probe:
     """Time training steps, a forward pass and a few decode steps of a model that is loaded for training."""
     import torch
 
@@ -194,7 +202,7 @@ def measure(loaded: Any, config: Config, prompt: Prompt) -> Probe:
         )
     return Probe(
         forward=len(tokens) / forward_s,
-        decode=_decode_speed(loaded, prompt),
+        decode=_decode_speed(loaded, prompts),
         train=len(tokens) / train_s,
         step_s=step_s,
         loaded_bytes=loaded_bytes,
@@ -224,7 +232,7 @@ def _training_times(model: Any, tokens: list[int], optimiser: torch.optim.Optimi
     return times
 
 
-def _decode_speed(loaded: Any, prompt: Prompt) -> float:
+def _decode_speed(loaded: Any, prompts: Sequence[Prompt]) -> float:
     """Tokens per second of the engine itself; two lengths are compared, so that computing the prompt drops out."""
     from opentao.engines.group import GroupEngine
 
@@ -232,10 +240,23 @@ def _decode_speed(loaded: Any, prompt: Prompt) -> float:
     model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
     engine.loaded = replace(loaded, model=model)  # an adapter stays in its layers
     plans = [SamplingPlan(group_size=DECODE_BATCH, max_new_tokens=2 + n) for n in (0, DECODE_STEPS)]
+    prompt = _first_sampled(engine, prompts[:SAMPLED_PROMPTS])
     for _ in range(2):  # on a GPU the first step of a shape compiles and the second records; the long plan has the room
         list(engine.sample([prompt], plans[1]))
     short_s, long_s = (_timed(lambda plan=plan: list(engine.sample([prompt], plan))) for plan in plans)
     return DECODE_BATCH * DECODE_STEPS / max(long_s - short_s, 1e-4)
+
+
+def _first_sampled(engine: Engine, prompts: Sequence[Prompt]) -> Prompt:
+    """The first prompt that the engine can answer: a group that failed would take no time, and tell nothing."""
+    plan = SamplingPlan(group_size=1, max_new_tokens=1)
+    why = ""
+    for prompt in prompts:
+        [group] = engine.sample([prompt], plan)
+        if group.failure is None:
+            return prompt
+        why = f"{group.failure.kind}: {group.failure.message}"
+    raise ModelError(f"none of the first {len(prompts)} prompts can be sampled, the last for: {why}")
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -24,6 +24,7 @@ import numpy as np
 from opentao import loop
 from opentao.bestofn import bootstrap
 from opentao.config import Config
+from opentao.errors import StoreError
 from opentao.evaluate import Evaluation, evaluate
 from opentao.generate import generate
 from opentao.optimise import NO_CHECKPOINT, num_steps
@@ -133,18 +134,28 @@ def config_of(directory: Path, seed: int) -> Config:
 
 
 def write_tickets(directory: Path, config: Config, seed: int) -> list[dict[str, str]]:
-    """Write `tickets.jsonl`, labels only on the held-out side (the audit's). Returns the preference tickets."""
+    """Write `tickets.jsonl`, labels only on the held-out side (the audit's). Returns the preference tickets.
+
+    Raises:
+        StoreError: the directory is of another seed, whose held-out tickets may be among this one's preference tickets.
+    """
     rows = tickets()
     random.Random(seed).shuffle(rows)
     chosen, rest = rows[:NUM_PREFERENCE_TICKETS], rows[NUM_PREFERENCE_TICKETS:]
     by_id = {_prompt(r).id: r for r in rest}
     heldout = {p.id for p in split([_prompt(r) for r in rest], config.prompts).heldout}
-    with (directory / "tickets.jsonl").open("w", encoding="utf-8") as file:
-        for prompt_id, row in by_id.items():
-            line: dict[str, Any] = {"messages": list(messages_of(row["ticket"]))}
-            if prompt_id in heldout:
-                line["category"] = row["category"]
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for prompt_id, row in by_id.items():
+        line: dict[str, Any] = {"messages": list(messages_of(row["ticket"]))}
+        if prompt_id in heldout:
+            line["category"] = row["category"]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path, text = directory / "tickets.jsonl", "".join(lines)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise StoreError(f"{path}: of another seed, or changed by hand; name another directory with --run")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
     return chosen
 
 

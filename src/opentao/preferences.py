@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opentao.errors import DataError
+from opentao.prompts import rows_of
 from opentao.types import Message, Prompt
 
 CARRIED = ("time", "order", "id", "both_bad", "repeat", "policy")  # facts that `tao label` writes and training leaves
@@ -97,7 +98,7 @@ def ranking_row(r: Ranking) -> dict[str, Any]:
 def preference_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         if path.suffix == ".parquet":
-            yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            yield from enumerate(rows_of(pq.read_table(path)), 1)
             return
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -134,7 +135,7 @@ def _ranking(row: Any) -> Ranking:
         ranks: tuple[float, ...] = (1.0, 2.0)
     else:
         texts, ranks = _ranked(row)
-    if not _is_unicode([*texts, *(m["content"] for m in messages)]):
+    if not is_unicode([*texts, *(m["content"] for m in messages)]):
         raise ValueError("not valid Unicode: the file must be UTF-8, without lone surrogates")
     ranking = Ranking(prompt=Prompt(messages=tuple(messages)), texts=texts, ranks=ranks, **_extras(row))
     if not ranking.pairs and not ranking.tied:
@@ -157,7 +158,7 @@ def _extras(row: dict[str, Any]) -> dict[str, Any]:
         found["margin"] = float(margin)
     for name in ("instruction", "annotator", "subset"):
         if (text := row.get(name)) is not None:
-            if not isinstance(text, str) or not _is_unicode([text]):
+            if not isinstance(text, str) or not is_unicode([text]):
                 raise ValueError(f"{name}: expected text, got {type(text).__name__}")
             found[name] = text
     facts = {name: row[name] for name in CARRIED if row.get(name) is not None}
@@ -181,7 +182,7 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _is_unicode(texts: Sequence[str]) -> bool:
+def is_unicode(texts: Sequence[str]) -> bool:
     return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 

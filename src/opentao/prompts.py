@@ -164,19 +164,21 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     """Strict: a stray quote is reported instead of swallowing the rows that follow. An empty cell is an absent key."""
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield line, _BadRow(f"invalid CSV: {error}")
-                continue
-            if cells:
-                yield line, _cells(header, cells)
+        lines = list(file)
+    reader, before = csv.reader(lines, strict=True), 0  # lines before those that the reader was given
+    header = [name.strip() for name in next(reader, [])]
+    while True:
+        line = before + reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, _BadRow(f"invalid CSV: {error}")
+            reader, before = csv.reader(lines[line:], strict=True), line  # whatever it read on to is read again
+            continue
+        if cells:
+            yield line, _cells(header, cells)
 
 
 def _cells(header: list[str], cells: list[str]) -> object:
@@ -188,8 +190,25 @@ def _cells(header: list[str], cells: list[str]) -> object:
 def _parquet_rows(path: Path) -> Iterator[Row]:
     """`ParquetFile`, not `read_table`: the latter invents columns from folder names such as `split=train`."""
     with pq.ParquetFile(path) as file:
-        rows = file.read().to_pylist()
+        rows = rows_of(file.read())
     yield from enumerate((_without_nulls(row) for row in rows), 1)
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """The table's rows. Times in nanoseconds lose what Python's have no place for.
+
+    Raises:
+        pyarrow.ArrowInvalid: a value that Python has no object for.
+    """
+    for i, column in enumerate(table.schema):
+        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+            microseconds = table.column(i).cast(pa.timestamp("us", column.type.tz), safe=False)
+            table = table.set_column(i, column.name, microseconds)
+    try:
+        found: list[dict[str, Any]] = table.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise pa.ArrowInvalid(str(error)) from error
+    return found
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -99,17 +100,20 @@ class RewardModel:
         """The conversations as whole token ids, cut after their longest common prefix.
 
         Raises:
-            ModelError: there is an instruction, but the model's chat template has no place for one.
+            ModelError: the model's chat template has no place for the instruction, or refuses the conversation.
         """
         if instruction and not self.takes_instructions:
             raise ModelError("the reward model's chat template has no `instruction`: it was not trained with any")
         named = {"instruction": instruction} if instruction else {}
-        rendered = [
-            self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": t}], tokenize=False, **named
-            )
-            for t in texts
-        ]
+        try:
+            rendered = [
+                self.tokenizer.apply_chat_template(
+                    [*messages, {"role": "assistant", "content": t}], tokenize=False, **named
+                )
+                for t in texts
+            ]
+        except TemplateError as error:
+            raise ModelError(f"the reward model's chat template does not take this conversation: {error}") from error
         ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=False).input_ids
         if self.reads_last_token:
             ids = [self._as_read(tokens) for tokens in ids]

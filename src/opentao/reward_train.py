@@ -48,7 +48,7 @@ class RewardTraining:
     max_grad_norm: float = 1.0
     epochs: int = 1
     rankings_per_step: int = 4
-    max_tokens: int = 2048  # a longer prompt with its answer is an error
+    max_tokens: int = 2048  # a longer prompt with its answer is an error; `train_to_folder` leaves such rankings out
     lora_rank: int = 0  # 0 = full fine-tuning
     lora_layers: LoraLayers = "all-linear"
     seed: int = 0
@@ -234,8 +234,7 @@ def _items(reward_model: RewardModel, rankings: Sequence[Ranking], config: Rewar
         guided = plain = reward_model.encode(ranking.prompt.messages, ranking.texts, ranking.instruction)
         if ranking.instruction:
             plain = reward_model.encode(ranking.prompt.messages, ranking.texts)
-        longest = len(guided.prompt_P) + max(map(len, guided.responses_NR))
-        if longest > config.max_tokens:
+        if (longest := _longest(guided)) > config.max_tokens:
             raise ModelError(f"a prompt with its answer has {longest} tokens, max_tokens is {config.max_tokens}")
         head_weights_K = torch.from_numpy(own).float()
         items.append(
@@ -248,6 +247,10 @@ def _items(reward_model: RewardModel, rankings: Sequence[Ranking], config: Rewar
             )
         )
     return items
+
+
+def _longest(tokens: Sequences) -> int:
+    return len(tokens.prompt_P) + max(map(len, tokens.responses_NR))
 
 
 def _pair_weights(rankings: Sequence[Ranking]) -> list[list[float] | None]:
@@ -292,17 +295,37 @@ def _scores(reward_model: RewardModel, groups: Sequence[Sequences], row_tokens: 
     return [torch.stack([own[i] for i in sorted(own)]) for own in found]
 
 
+def fitting(reward_model: RewardModel, rankings: Sequence[Ranking], max_tokens: int) -> tuple[list[Ranking], list[str]]:
+    """Rankings whose prompt with each answer has at most `max_tokens` tokens; of each other one, what is wrong."""
+    kept, reasons = [], []
+    for ranking in rankings:
+        longest = _longest(reward_model.encode(ranking.prompt.messages, ranking.texts, ranking.instruction))
+        if longest <= max_tokens:
+            kept.append(ranking)
+        else:
+            start = " ".join(ranking.prompt.text.split())[:40]
+            reasons.append(f"{longest:,} tokens with the prompt {start!r}")
+    if not kept:
+        raise ModelError(f"no ranking has at most {max_tokens:,} tokens, prompt with answer: {reasons[0]}")
+    return kept, reasons
+
+
 def train_to_folder(
     model: str, rankings: Sequence[Ranking], config: RewardTraining, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Train from a causal LM (guided head) or a sequence classifier (its own head) and save; whole or not at all."""
-    train, heldout = split_by_prompt(rankings, config.heldout, config.seed)
     if _is_classifier(model):
         reward_model = RewardModel.load(model)
         if config.ensemble not in (1, reward_model.num_heads):
             raise ModelError(f"model {model!r} has {reward_model.num_heads} heads of its own, not {config.ensemble}")
     else:
         reward_model = RewardModel.from_causal_lm(model, head=config.head, ensemble=config.ensemble, seed=config.seed)
+    rankings, too_long = fitting(reward_model, rankings, config.max_tokens)
+    if too_long:
+        progress.note(
+            f"{len(too_long)} rankings are longer than {config.max_tokens:,} tokens and left out, first: {too_long[0]}"
+        )
+    train, heldout = split_by_prompt(rankings, config.heldout, config.seed)
     total = num_steps(len(train), config.epochs, config.rankings_per_step)
     with progress.stage("reward model", total=total, unit="steps", label="train reward model") as step:
         history = train_reward_model(
@@ -316,6 +339,7 @@ def train_to_folder(
     return {
         "rankings": len(train),
         "heldout": len(heldout),
+        "too_long": len(too_long),
         "steps": len(history),
         "steps_planned": total,
         "loss_last": history[-1].loss,

@@ -34,6 +34,7 @@ def score(
     run, among = session.run, {group.prompt.id: group for group in company}
     scorers = [*session.scorers, *([session.audit] if with_audit and session.audit else [])]
     scored: list[Group] = []
+    told: set[str] = set()
     loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
     with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
         for source, groups in zip(group_shards, loaded, strict=True):
@@ -53,6 +54,9 @@ def score(
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
                 run.write_table(name, key, scores_to_table(done))
             scored += attach_scores(groups, run.read_table(name))
+            for scorer_name in set(silent(scored[-len(groups) :])) - told:
+                told.add(scorer_name)
+                session.progress.note(f"{label}: scored nothing: {why_unscored(scored[-len(groups) :], scorer_name)}")
     if group_shards:
         session.spent(group_shards[0].partition("/")[0])
     return scored
@@ -76,6 +80,18 @@ def silent(groups: Sequence[Group]) -> list[str]:
 def unscored(groups: Sequence[Group]) -> Counter[str]:
     """How many responses each scorer left unscored."""
     return Counter(name for g in groups for name, scores in g.scores.items() for s in scores if not s.scored)
+
+
+def why_unscored(groups: Sequence[Group], scorer: str | None = None) -> str:
+    """The most frequent reason for which responses were left unscored, by this scorer or by any; "" if none was."""
+    reasons = Counter(
+        (name, s.error or "no reason given")
+        for g in groups
+        for name, scores in g.scores.items()
+        for s in scores
+        if not s.scored and scorer in (None, name)
+    )
+    return ": ".join(max(reasons, key=lambda reason: reasons[reason])) if reasons else ""
 
 
 def failures(groups: Sequence[Group]) -> Counter[str]:

@@ -251,7 +251,8 @@ def _remove(path: Path) -> None:
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
-    as_json = {k: json.dumps(v, ensure_ascii=False, sort_keys=True) for k, v in asdict(prompt).items()}
+    # keys as they came: a chat template writes a tool's schema in the order of its keys
+    as_json = {k: json.dumps(v, ensure_ascii=False) for k, v in asdict(prompt).items()}
     return {"id": prompt.id, **as_json}
 
 

@@ -26,6 +26,7 @@ from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, 
 from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for
 from opentao.policy import LoadedPolicy, Policy, free_memory, load_for_training
 from opentao.rows import Row, Sequences, whole_groups
+from opentao.score import why_unscored
 from opentao.session import Session
 from opentao.types import NAN, Group, ReleasingEngine, Strategy, content_hash
 
@@ -244,7 +245,8 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
 def nothing_to_learn(groups: Sequence[Group]) -> str:
     """Why no group is informative."""
     if not any(group.scored for group in groups):
-        return "no response could be scored"
+        why = why_unscored(groups)
+        return f"no response could be scored{f' ({why})' if why else ''}"
     return "all rewards are equal in every group"
 
 

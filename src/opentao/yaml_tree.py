@@ -28,7 +28,23 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         raise ConfigError(f"{path}{line}: not valid YAML: {_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
+    _refuse_repeated(path, root)
     return tree, root
+
+
+def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
+    """YAML itself keeps the last of equal keys, and whatever stood under the first would be gone without a word."""
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in first:
+                raise ConfigError(f"{path}:{line}: {name}: given twice, first on line {first[name]}")
+            first[name] = line
+            _refuse_repeated(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(path, item)
 
 
 def _problem(error: yaml.YAMLError) -> str:

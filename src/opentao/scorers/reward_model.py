@@ -51,8 +51,8 @@ class RewardModelScorer:
         """Several groups share a packed row, and what all their prompts start with is computed once."""
         if self._loaded is None:
             self._loaded = RewardModel.load(self.model, trust_remote_code=self.trust_remote_code).for_scoring()
-            if self.pessimism and self._loaded.num_heads == 1:
-                raise ModelError(f"pessimism needs an ensemble, {self.model} has one head")
+        if self.pessimism and self._loaded.num_heads == 1:  # every time: a batch that fails is scored group by group
+            raise ModelError(f"pessimism needs an ensemble, {self.model} has one head")
         encoded = [
             self._loaded.encode(g.prompt.messages, [r.text for r in g.responses], self.instruction) for g in groups
         ]

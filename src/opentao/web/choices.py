@@ -163,10 +163,20 @@ class Choices:
     # --- tasks and choices
 
     def add_task(
-        self, annotator: str, item: str, kind: Kind, shown: Sequence[int], policy: str, repeat_of: str | None = None
+        self,
+        annotator: str,
+        item: str,
+        kind: Kind,
+        shown: Sequence[int],
+        policy: str,
+        repeat_of: str | None = None,
+        id_: str | None = None,
     ) -> Task:
+        """A new task; with `id_` the one of that name if it is there."""
+        if id_ is not None and (known := self.task(id_)) is not None:
+            return known
         task = Task(
-            id=secrets.token_urlsafe(12),
+            id=id_ or secrets.token_urlsafe(12),
             annotator=annotator,
             item=item,
             kind=kind,
@@ -192,24 +202,33 @@ class Choices:
         )
         return _task(*rows[0]) if rows else None
 
+    def open_tasks(self, since: float) -> list[Task]:
+        """Everybody's tasks that were shown after `since` (seconds since 1970) and have no answer."""
+        rows = self._rows(
+            f"SELECT {_TASK} FROM tasks t WHERE issued > ? AND NOT EXISTS"
+            " (SELECT 1 FROM choices c WHERE c.task = t.id AND c.undone IS NULL)",
+            since,
+        )
+        return [_task(*row) for row in rows]
+
     def task(self, id_: str) -> Task | None:
         rows = self._rows(f"SELECT {_TASK} FROM tasks t WHERE id = ?", id_)
         return _task(*rows[0]) if rows else None
 
-    def choose(self, task: Task, answer: dict[str, Any]) -> bool:
-        """Record an answer. False: the task has one that stands, e.g. a second click.
+    def choose(self, task: Task, answer: dict[str, Any], made: float | None = None) -> bool:
+        """Record an answer, given now or at `made`. False: the task has one that stands, e.g. a second click.
 
         Raises:
             DataError: the answer is not one for this task.
         """
         check_answer(task, answer)
-        now = time.time()
+        now = made if made is not None else time.time()
         with self._writing() as db:
             if db.execute("SELECT 1 FROM choices WHERE task = ? AND undone IS NULL", (task.id,)).fetchone():
                 return False
             db.execute(
                 "INSERT INTO choices (task, time, seconds, answer) VALUES (?, ?, ?, ?)",
-                (task.id, now, now - task.issued, _dump(answer)),
+                (task.id, now, max(now - task.issued, 0.0), _dump(answer)),
             )
         return True
 

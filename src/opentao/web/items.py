@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.errors import DataError
-from opentao.preferences import as_object, messages_of, preference_rows
+from opentao.preferences import as_object, is_unicode, messages_of, preference_rows
 from opentao.store import Run, table_to_groups
 from opentao.types import Message
 from opentao.web.choices import Item, item_of
@@ -60,4 +60,7 @@ def _row(row: Any) -> tuple[list[Message], list[str]]:
     texts = row.get("responses")
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise ValueError("responses: expected a list of texts")
-    return messages_of(row), texts
+    messages = messages_of(row)
+    if not is_unicode([*texts, *(m["content"] for m in messages)]):
+        raise ValueError("not valid Unicode: the file must be UTF-8, without lone surrogates")
+    return messages, texts

@@ -10,6 +10,7 @@ comes first.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from opentao.types import content_hash
 from opentao.web.choices import Choice, Choices, Item, Kind, Task
 
+HELD = 1800.0  # seconds for which what one person is shown is not given to another
 REPEAT_AFTER = 5  # tasks that lie between a task and its repeat, at least
 Pair = tuple[str, int, int]  # item and two of its answers, smaller index first
 
@@ -53,6 +55,11 @@ def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def next_task(choices: Choices, annotator: str, plan: Plan) -> Task | None:
     """The open task if there is one, else a new one; None: this person has judged all there is."""
+    with choices.lock:  # two requests at once get the same task
+        return _next_task(choices, annotator, plan)
+
+
+def _next_task(choices: Choices, annotator: str, plan: Plan) -> Task | None:
     if (task := choices.open_task(annotator)) is not None:
         return task
     done = [c for c in choices.choices(annotator) if c.task.policy != "import"]
@@ -83,7 +90,8 @@ def _new_unit(
     choices: Choices, annotator: str, plan: Plan, rng: random.Random
 ) -> tuple[tuple[str | int, ...], str] | None:
     """(item, answers…) to judge and the policy that chose it."""
-    taken = {(c.task.item, *sorted(c.task.shown)): c.task.annotator for c in choices.choices()}
+    tasks = [c.task for c in choices.choices()] + choices.open_tasks(time.time() - HELD)
+    taken = {(task.item, *sorted(task.shown)) for task in tasks}
     own = {(c.task.item, *sorted(c.task.shown)) for c in choices.choices(annotator)}
     free = [u for item in choices.items() for u in units(item, plan) if u not in own]
     free = [u for u in free if u not in taken or for_everybody(u, plan)]

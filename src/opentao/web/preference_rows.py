@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from opentao.preferences import Ranking
-from opentao.types import Prompt
+from opentao.types import Prompt, content_hash
 from opentao.web.choices import Choice, Choices, Item, Kind, item_of
 
 
@@ -90,10 +90,14 @@ def _facts(choice: Choice) -> dict[str, Any]:
 
 
 def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
-    """Add the choices of a preference file; those that are there already (same id) are left. Returns how many came."""
-    known = {c.task.id for c in choices.choices()}
+    """Add the choices of a preference file; those that are there already are left. Returns how many came.
+
+    There already: of the same `id`, or, without one, the same prompt, answers, ranks and annotator. A file that says
+    the same n times counts n times.
+    """
+    first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # what a repeat repeats
     added = 0
-    for ranking in [part for r in rankings if r.facts.get("id") not in known for part in _representable(r)]:
+    for key, ranking in _named(rankings):
         name = ranking.annotator or "import"
         if name not in choices.annotators():
             choices.add_annotator(name)
@@ -102,21 +106,52 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
         kind, answer = _as_answer(ranking, item)
         order = ranking.facts.get("order")
         places: Sequence[int] = order if order is not None and _is_order(order, ranking) else range(len(ranking.texts))
-        shown = dict.fromkeys(item.responses.index(ranking.texts[i]) for i in places)
-        task = choices.add_task(name, item.id, kind, list(shown), "import")
-        added += choices.choose(task, answer)
+        shown = tuple(dict.fromkeys(item.responses.index(ranking.texts[i]) for i in places))
+        judged = (name, item.id, tuple(sorted(shown)))
+        repeated = first.get(judged) if ranking.facts.get("repeat") else None
+        task = choices.add_task(name, item.id, kind, shown, "import", repeat_of=repeated, id_=key)
+        first.setdefault(judged, key)
+        added += choices.choose(task, answer, made=_seconds(ranking.facts.get("time")))
     return added
 
 
+def _named(rankings: Sequence[Ranking]) -> Iterator[tuple[str, Ranking]]:
+    """What can be stored of the rankings, each with the id of its task."""
+    seen: Counter[str] = Counter()
+    for ranking in rankings:
+        id_ = ranking.facts.get("id")
+        if not isinstance(id_, str):
+            said = (ranking.texts, ranking.ranks, ranking.ties_equal, ranking.annotator)
+            id_ = content_hash(list(ranking.prompt.messages), *said)
+        seen[id_] += 1
+        id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
+        parts = _representable(ranking)
+        yield from ((id_ if part is ranking else f"{id_}/{n}", part) for n, part in enumerate(parts))
+
+
 def _representable(ranking: Ranking) -> list[Ranking]:
-    """A ranking of more than two with answers that are equally good is taken apart into pairs."""
-    if len(ranking.texts) == 2 or not ranking.tied:
+    """The ranking, or its pairs if it has equal ranks above the last: a task to rank has no place for those."""
+    texts, ranks = ranking.texts, ranking.ranks
+    above = [rank for rank in ranks if rank < max(ranks)]
+    whole = len(set(above)) == len(above) and not ranking.tied if len(texts) > 2 else len(set(texts)) == 2
+    if whole:
         return [ranking]
-    return [
-        replace(ranking, texts=(ranking.texts[i], ranking.texts[j]), ranks=ranks, facts={})
-        for pairs, ranks in ((ranking.pairs, (1.0, 2.0)), (ranking.tied, (1.0, 1.0)))
+    said = {
+        ((texts[i], texts[j]), ranks_of_two)
+        for pairs, ranks_of_two in ((ranking.pairs, (1.0, 2.0)), (ranking.tied, (1.0, 1.0)))
         for i, j in pairs
-    ]
+        if texts[i] != texts[j]
+    }
+    facts = {name: value for name, value in ranking.facts.items() if name not in ("order", "id", "repeat")}
+    return [replace(ranking, texts=two, ranks=ranks_of_two, facts=facts) for two, ranks_of_two in sorted(said)]
+
+
+def _seconds(time: Any) -> float | None:
+    """Since 1970; None: no time, or not one in ISO 8601."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _is_order(order: Any, ranking: Ranking) -> bool:
