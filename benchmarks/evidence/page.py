@@ -27,8 +27,7 @@ INTRODUCTION = (
     "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`), on decoders"
     " of so many weights that learnt them here from a corpus that is half wrong; where no size stands, 1M. The audit"
     " is then the exact answer, on questions held out; a run whose reward is exact was trained with the same judgement,"
-    " on other questions. Objectives, compute and several tasks are of one 1M decoder, labels and sizes of a later one"
-    " that the same script trained on another machine; its base is a little lower."
+    " on other questions."
 )
 
 
