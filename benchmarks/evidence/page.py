@@ -112,8 +112,10 @@ def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     minutes = sum(sum(c["seconds"].values()) for c in own) / len(own) / 60
     apart = "" if recipe.verified else ", the reward model's training not counted"
     yield f"A run takes {minutes:.0f} minutes on two cores{apart}."
+    yield ""
+    if "pairs" not in own[0]:  # the first seed is not measured
+        return
     yield from (
-        "",
         "## Transcript",
         "",
         "Seed 0, the first pairs of its report: drawn by chance, whatever came of them.",
