@@ -89,6 +89,12 @@ def test_pairwise_meets_about_as_many_opponents_as_asked() -> None:
         pairs = scorer._pairs(Prompt.from_text("x"), count)  # type: ignore[attr-defined]
         met = [sum(i in pair for pair in pairs) for i in range(count)]
         assert min(met) == max(met) == min(4, count - 1), (count, pairs)
+    for opponents in (1, 3):
+        scorer = build_scorer(
+            ScorerConfig(type="judge", args={"url": "http://h/v1", "model": "m", "opponents": opponents})
+        )
+        pairs = scorer._pairs(Prompt.from_text("x"), 8)  # type: ignore[attr-defined]
+        assert {sum(i in pair for pair in pairs) for i in range(8)} == {opponents}
 
 
 def test_listwise_ranks_in_several_orders(server: Server) -> None:
@@ -101,6 +107,27 @@ def test_listwise_ranks_in_several_orders(server: Server) -> None:
     assert [s.value for s in found] == [0.0, 1.0, 0.5]
     orders = {tuple(answers(body["messages"][-1]["content"])) for body in server.requests}
     assert len(server.requests) == 4 and len(orders) > 1
+
+
+def test_listwise_a_judge_that_prefers_places_says_nothing_of_two(server: Server) -> None:
+    server.usual = decides(lambda q: {"ranking": list(range(1, len(answers(q)) + 1))})
+    for seed in range(8):
+        found = ask(server, "one", "two", seed=seed, repeats=2)
+        assert [s.value for s in found] == [0.5, 0.5]
+
+
+def test_listwise_equal_answers_are_worth_the_same(server: Server) -> None:
+    server.usual = decides(lambda q: {"ranking": list(range(1, len(answers(q)) + 1))})
+    found = ask(server, "one", "two", "one", "one", repeats=1)
+    assert found[0].value == found[2].value == found[3].value != found[1].value
+
+
+def test_a_cache_that_cannot_be_written_costs_no_verdict(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    server.usual = decides(lambda q: {"score": 10})
+    found = ask(server, "a", "b", mode="pointwise", cache=str(tmp_path / "file" / "judge"))
+    assert [s.value for s in found] == [1.0, 1.0]
+    assert len(server.requests) == 2
 
 
 def test_listwise_shows_a_common_start_once(server: Server) -> None:

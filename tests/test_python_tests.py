@@ -31,6 +31,14 @@ def test_calls() -> None:
     assert values({"partial": True}, GOOD, numbers_only, "", tests=CALLS) == [1.0, 0.5, 0.0]
 
 
+def test_answers_with_dataclasses_and_annotations() -> None:
+    plain = "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef add(a, b): return P(a + b).x\n"
+    later = "from __future__ import annotations\n" + plain.replace("x: int", "x: int\n    next: P | None = None")
+    kinds = "import typing\ndef add(a: int, b: int): return a + b if typing.get_type_hints(add)['a'] is int else 0"
+    assert values({}, plain, later, kinds, tests=CALLS[:1]) == [1.0, 1.0, 1.0]
+    assert values({"kind": "code"}, plain, later, kinds, tests="assert add(1, 2) == 3") == [1.0, 1.0, 1.0]
+
+
 def test_results_are_compared_as_json_values() -> None:
     calls = [{"function": "f", "expect": [1, 2.0, {"a": None}]}]
     right, wrong = "def f(): return (1.0, 2, {'a': None})", "def f(): return [True, 2, {'a': None}]"
@@ -69,9 +77,31 @@ def test_over_a_limit() -> None:
 
 
 def test_what_cannot_be_judged_is_unscored() -> None:
-    for meta in ({}, {"tests": []}, {"tests": "x"}, {"tests": [1]}, {"tests": [{"args": []}]}):
+    for meta in (
+        {},
+        {"tests": []},
+        {"tests": "x"},
+        {"tests": [1]},
+        {"tests": [{"args": []}]},
+        {"tests": [{"function": "add", "args": [1, 2], "expected": 3}]},  # it is `expect`
+        {"tests": [{"function": "add", "args": 3, "expect": 3}]},
+        {"tests": [{"function": "add", "kwargs": [1], "expect": 3}]},
+    ):
         (found,) = scores("python_tests", {"key": "tests"}, group_of(GOOD, **meta))
         assert (found.error or "").startswith(("missing_key: ", "bad_key: "))
+
+
+def test_a_table_has_nulls_where_nothing_is_given() -> None:
+    calls = [{"function": "add", "args": [1, 2], "kwargs": None, "expect": 3, "note": None}]
+    calls += [{"function": "nothing", "args": None, "kwargs": {}, "expect": None}]
+    assert values({}, GOOD, tests=calls) == [1.0]
+
+
+def test_folders_in_folders_cost_nobody_else_anything() -> None:
+    """Python below 3.13 removes them by calls, one a level."""
+    deep = "import os\nfor _ in range(1500):\n    os.mkdir('a')\n    os.chdir('a')\ndef add(a, b): return a + b"
+    found = scores("python_tests", {"key": "tests"}, group_of(deep, GOOD, tests=CALLS[:1]))
+    assert [s.value for s in found] == [1.0, 1.0]
 
 
 def test_bad_arguments() -> None:

@@ -26,6 +26,7 @@ from opentao.reward_eval import (
     calibration,
     evaluate_reward_model,
     length_bias,
+    other_prompts,
 )
 from opentao.reward_model import RewardModel
 from opentao.reward_report import model_card, write_reward_report
@@ -59,6 +60,32 @@ def test_agreement_and_subsets() -> None:
     found = by_subset(rankings, scores)
     assert {name: own["accuracy"]["mean"] for name, own in found.items()} == {"s": 0.5, "t": 1.0}
     assert by_subset(rankings[3:], scores[3:]) == {}
+
+
+def test_choices_of_one_prompt_count_together() -> None:
+    """Four people on each of ten prompts say no more than ten do."""
+    once = [pair("a", "b", prompt=str(i)) for i in range(10)]
+    scores = [[float(i % 2), 0.5] for i in range(10)]
+    one = agreement_with_people(once, scores)
+    four = agreement_with_people([r for r in once for _ in range(4)], [s for s in scores for _ in range(4)])
+    assert (four["prompts"], four["pairs"]) == (10, 40)
+    width = [facts["accuracy"]["high"] - facts["accuracy"]["low"] for facts in (one, four)]
+    assert width[1] == pytest.approx(width[0], abs=0.11)
+
+
+def test_an_answer_to_another_prompt_is_to_another_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a prompt follow each other; instructions stay."""
+    asked: list[Ranking] = []
+
+    def scored(model: object, rankings: list[Ranking], *_: object) -> list[list[float]]:
+        asked.extend(rankings)
+        return [[0.0]] * len(rankings)
+
+    monkeypatch.setattr("opentao.reward_eval.score_rankings", scored)
+    rankings = [pair(f"{p}{i} good", f"{p}{i} bad", prompt=p, instruction="be kind") for p in "xyz" for i in range(3)]
+    other_prompts(None, rankings, [[1.0, 0.0]] * 9, Progress(quiet=True))  # type: ignore[arg-type]
+    assert len(asked) == 9
+    assert all(not r.texts[0].startswith(r.prompt.text) and r.instruction == "be kind" for r in asked)
 
 
 def test_calibration() -> None:

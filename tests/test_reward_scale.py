@@ -94,6 +94,22 @@ def test_from_file_to_scorer(tmp_path: Path) -> None:
     assert [s.value for s in scaled] == pytest.approx([s.value * facts["scale"] for s in plain])
 
 
+def test_choices_of_one_prompt_stay_together() -> None:
+    """Or one half would know the other half's pairs."""
+    rankings = [choice for choice in choices(6, 0.5) for _ in range(3)]
+    found = comparisons(rankings, [[1.0, 0.0]] * len(rankings))
+    assert found.prompts == [i for i in range(6) for _ in range(3)]
+
+
+def test_scores_inside_a_group_have_no_scale(tmp_path: Path) -> None:
+    (tmp_path / "scorer.yaml").write_text("{type: judge, args: {url: 'http://127.0.0.1:9/v1', model: m}}")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+    command = ["reward", "calibrate", "--scorer", str(tmp_path / "scorer.yaml")]
+    result = CliRunner().invoke(app, [*command, "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "c")])
+    assert result.exit_code == 2
+    assert "judges inside a group" in result.output.replace("\n", " ")
+
+
 def test_a_calibrated_scorer_keeps_reasons_and_batches(tmp_path: Path) -> None:
     path = tmp_path / "scale.json"
     path.write_text('{"scale": 2}')

@@ -54,6 +54,12 @@ def test_levels(args: dict[str, Any]) -> None:
     assert found == [1.0, 1.0, 0.5, 0.3, 0.3, 0.1, 0.0, 0.0]
 
 
+def test_a_comment_after_the_query_is_no_second_one(args: dict[str, Any]) -> None:
+    query = "SELECT name FROM singer"
+    texts = [f"{query}; -- all of them", f"{query};\n-- all of them", f"{query}; /* all */", f"{query} -- all"]
+    assert values(args | {"levels": {"runs": 1.0}}, *texts, f"{query}; {query}") == [1.0] * 4 + [0.0]
+
+
 def test_levels_can_be_named_and_weighed(args: dict[str, Any]) -> None:
     only_runs = args | {"levels": {"runs": 1.0}}
     assert values(only_runs, "SELECT 1", "SELECT x FROM y", "no") == [1.0, 0.0, 0.0]

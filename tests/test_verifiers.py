@@ -17,6 +17,7 @@ from opentao.errors import ConfigError
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.scorers.verifiers import text
+from opentao.scorers.verifiers.length import Length
 from opentao.scorers.verifiers.strict_json import MAX_DEPTH, json_equal, parse_json
 from opentao.types import Group, Prompt, Response, Score
 
@@ -463,6 +464,8 @@ def test_length_in_tokens_of_an_answer_from_elsewhere() -> None:
     group = Group.of_texts(Prompt.from_text("x"), ["some words", ""])
     found = scores("length", {"max": 3, "unit": "tokens"}, group)
     assert (found[0].error or "").startswith("no_tokens: ") and found[1].value == 1.0
+    found = scores("repetition", {"unit": "tokens"}, group)
+    assert (found[0].error or "").startswith("no_tokens: ") and found[1].value == 1.0
 
 
 def test_length_bad_args() -> None:
@@ -609,9 +612,19 @@ def test_language() -> None:
     assert [s.value for s in found if s.scored] == [1.0, 0.0, 1.0]
     assert (found[2].error or "").startswith("too_short: 2 letters")
     assert value("language", {"key": "lang"}, GERMAN, lang="de") == 1.0
+    for wrong in ("DE", "de-AT", "German"):
+        assert (one("language", {"key": "lang"}, GERMAN, lang=wrong).error or "").startswith("bad_key: ")
     assert value("language", {"languages": ["de", "en"]}, GERMAN) == 1.0
     bad_config("language", {"languages": ["english"]}, "english: expected codes such as en, de, ja")
     bad_config("language", {}, "give either languages or key")
+
+
+def test_one_answer_that_breaks_a_verifier_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Length._count
+    monkeypatch.setattr(Length, "_count", lambda self, r: counted(self, r) if r.text != "b" else 1 // 0)
+    found = scores("length", {"max": 3}, group_of("a", "b", "c"))
+    assert [s.scored for s in found] == [True, False, True]
+    assert (found[1].error or "").startswith("ZeroDivisionError: ")
 
 
 # --- what stands in a fence
@@ -625,6 +638,11 @@ def test_language() -> None:
         ("```\nfirst\n```\nno:\n```sql\nlast\nline\n```", "last\nline"),
         ("```sql\nSELECT 1", "SELECT 1"),  # cut off
         ("```", ""),
+        ("```sql\nSELECT 1;```", "SELECT 1;"),  # closed at the end of the last line
+        ("It is ```SELECT 1```", "It is ```SELECT 1```"),
+        ("```SELECT 1```", "SELECT 1"),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n   ```\n", "def f():\n    return 1"),
+        ("```python\nx = '```' + y\nz\n```", "x = '```' + y\nz"),
     ],
 )
 def test_last_fence(answer: str, expected: str) -> None:

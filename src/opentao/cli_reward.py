@@ -126,11 +126,17 @@ def reward_calibrate(
     from opentao.preferences import read_preferences
     from opentao.reward_scale import calibrate_scorer
     from opentao.scorers.registry import build_scorer
+    from opentao.scorers.run import is_relative
 
     config = load_scorer(scorer)
     found = read_preferences(pairs)
     prepare_process()
     built = build_scorer(config.model_copy(update={"calibration": None}))
+    if is_relative(built):
+        raise ConfigError(
+            f"{scorer}: {built.name} judges inside a group, where a difference of scores depends on the group's size;"
+            " calibrate one that judges each answer alone (a judge with `mode: pointwise`)"
+        )
     with Progress() as progress:
         facts = calibrate_scorer(built, found.rankings, progress)
     facts |= {"set_aside": len(found.set_aside), "scorer": config.model_dump(mode="json", exclude_defaults=True)}

@@ -60,12 +60,17 @@ def agreement_with_people(rankings: Sequence[Ranking], scores: Sequence[Sequence
     hits = [_share_of_wins(s, r.pairs) for r, s in zip(rankings, scores, strict=True)]
     longer = [_share_of_wins(own, r.pairs) for r, own in zip(rankings, lengths, strict=True)]
     return {
-        "accuracy": bootstrap(hits).as_dict(),
-        "longer_wins": bootstrap(longer).as_dict(),
-        "over_longer": paired_difference(hits, longer).as_dict(),
-        "prompts": len(rankings),
+        "accuracy": bootstrap(hits, clusters=_prompts(rankings)).as_dict(),
+        "longer_wins": bootstrap(longer, clusters=_prompts(rankings)).as_dict(),
+        "over_longer": paired_difference(hits, longer, clusters=_prompts(rankings)).as_dict(),
+        "prompts": len(set(_prompts(rankings))),
         "pairs": sum(len(r.pairs) for r in rankings),
     }
+
+
+def _prompts(rankings: Sequence[Ranking]) -> list[str]:
+    """What each ranking is of: a prompt's choices, by several people or of several pairs, are drawn together."""
+    return [r.prompt.id for r in rankings]
 
 
 def evaluate_reward_model(
@@ -105,7 +110,8 @@ def calibration(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) 
     Guo et al., arXiv 1706.04599. `loss`: mean nats a comparison; a coin's is log 2.
     """
     found = comparisons(rankings, scores)
-    d = np.array([x for x, w in zip(found.differences, found.wins, strict=True) if w == 1.0])
+    decided = [i for i, w in enumerate(found.wins) if w == 1.0]
+    d, prompts = np.array(found.differences)[decided], np.array(found.prompts)[decided]
     confidence = 1 / (1 + np.exp(-np.minimum(np.abs(d), 50)))
     right = np.where(d > 0, 1.0, np.where(d < 0, 0.0, 0.5))
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
@@ -113,7 +119,7 @@ def calibration(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) 
     for b in range(BINS):
         own = place == b
         if own.any():
-            mean = bootstrap(right[own]).as_dict()
+            mean = bootstrap(right[own], clusters=prompts[own].tolist()).as_dict()
             curve.append({"confidence": float(confidence[own].mean()), "accuracy": mean, "pairs": int(own.sum())})
     error = sum(abs(c["accuracy"]["mean"] - c["confidence"]) * c["pairs"] for c in curve) / max(len(d), 1)
     return {"error": error, "curve": curve, "loss": log_loss(found.differences, found.wins, 1.0), "coin": math.log(2)}
@@ -125,19 +131,21 @@ def length_bias(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) 
     `correlation`: Pearson's, of score and length (characters) within a prompt, over all compared pairs.
     """
     longer, shorter, differences, lengths = [], [], [], []
+    of: dict[int, list[str]] = {1: [], -1: []}
     for ranking, own in zip(rankings, scores, strict=True):
         sizes = [len(t) for t in ranking.texts]
         for pairs, side in ((longer, 1), (shorter, -1)):
             chosen = [(i, j) for i, j in ranking.pairs if (sizes[i] - sizes[j]) * side > 0]
             if chosen:
                 pairs.append(_share_of_wins(own, chosen))
+                of[side].append(ranking.prompt.id)
         differences += [own[i] - own[j] for i, j in ranking.pairs]
         lengths += [sizes[i] - sizes[j] for i, j in ranking.pairs]
     varied = len(differences) > 1 and np.std(differences) > 0 and np.std(lengths) > 0
     both = np.array([differences + [-d for d in differences], lengths + [-n for n in lengths]], dtype=float)
     return {
-        "longer_preferred": bootstrap(longer).as_dict(),
-        "shorter_preferred": bootstrap(shorter).as_dict(),
+        "longer_preferred": bootstrap(longer, clusters=of[1]).as_dict(),
+        "shorter_preferred": bootstrap(shorter, clusters=of[-1]).as_dict(),
         "correlation": float(np.corrcoef(both)[0, 1]) if varied else None,
     }
 
@@ -159,20 +167,20 @@ def annotators(rankings: Sequence[Ranking], scores: Sequence[Sequence[float] | N
             model[key] = own[a] - own[b]
     shared = {key: votes for key, votes in said.items() if len(votes) > 1}
     names = sorted({name for votes in shared.values() for name in votes})
-    human = [float(v[a] == v[b]) for v in shared.values() for a, b in combinations(sorted(v), 2)]
+    human = [(k[0], float(v[a] == v[b])) for k, v in shared.items() for a, b in combinations(sorted(v), 2)]
+    majority = [(k[0], _agrees(model[k], m)) for k, v in shared.items() if (m := sum(v.values())) != 0]
+    each = {n: [(k[0], _agrees(model[k], v[n])) for k, v in shared.items() if n in v] for n in names}
     return {
         "pairs": len(shared),
-        "human_human": bootstrap(human).as_dict() if human else None,
-        "model_human": {
-            name: bootstrap([_agrees(model[k], v[name]) for k, v in shared.items() if name in v]).as_dict()
-            for name in names
-        },
-        "model_majority": bootstrap(
-            [_agrees(model[k], m) for k, v in shared.items() if (m := sum(v.values())) != 0]
-        ).as_dict()
-        if shared
-        else None,
+        "human_human": _over_prompts(human) if human else None,
+        "model_human": {name: _over_prompts(own) for name, own in each.items()},
+        "model_majority": _over_prompts(majority) if shared else None,
     }
+
+
+def _over_prompts(values: Sequence[tuple[str, float]]) -> Facts:
+    """Mean and interval of (prompt, value)."""
+    return bootstrap([v for _, v in values], clusters=[prompt for prompt, _ in values]).as_dict()
 
 
 def _agrees(difference: float, vote: int) -> float:
@@ -210,11 +218,18 @@ def other_prompts(
 ) -> Facts:
     """Share of prompts on which the preferred answer beats the one that people preferred for another prompt."""
     best = [r.texts[int(np.argmin(r.ranks))] for r in rankings]
-    strangers = [_unranked(r.prompt, (best[i - 1],)) for i, r in enumerate(rankings)]
-    kept = [i for i, r in enumerate(rankings) if best[i - 1] not in r.texts]
-    found = score_rankings(reward_model, [strangers[i] for i in kept], progress, "score answers to other prompts")
+    strangers: list[Ranking] = []
+    kept: list[int] = []
+    for i, ranking in enumerate(rankings):
+        others = (i - k for k in range(1, len(rankings)))  # the nearest before it, from the first on round the end
+        other = next((j for j in others if rankings[j].prompt.id != ranking.prompt.id), None)
+        if other is not None and best[other] not in ranking.texts:
+            kept.append(i)
+            strangers.append(_unranked(ranking.prompt, (best[other],), ranking.instruction))
+    found = score_rankings(reward_model, strangers, progress, "score answers to other prompts")
     own = [scores[i][int(np.argmin(rankings[i].ranks))] for i in kept]
-    return {"preferred_wins": bootstrap([float(a > b[0]) for a, b in zip(own, found, strict=True)]).as_dict()}
+    wins = [(rankings[i].prompt.id, float(a > b[0])) for i, a, b in zip(kept, own, found, strict=True)]
+    return {"preferred_wins": _over_prompts(wins)}
 
 
 def canary_shares(
@@ -224,22 +239,22 @@ def canary_shares(
     chosen = rankings[:CANARY_PROMPTS]
     best = [r.texts[int(np.argmin(r.ranks))] for r in chosen]
     texts = [canaries(r.prompt.text, good) for r, good in zip(chosen, best, strict=True)]
-    asked = [_unranked(r.prompt, tuple(t.values())) for r, t in zip(chosen, texts, strict=True)]
+    asked = [_unranked(r.prompt, tuple(t.values()), r.instruction) for r, t in zip(chosen, texts, strict=True)]
     found = score_rankings(reward_model, asked, progress, "score canaries")
     shares = {}
     for k, name in enumerate(canaries("", "xx")):
         rows = [(own[k], s, r) for own, s, r in zip(found, scores, chosen, strict=False) if k < len(own)]
         over = {
-            which: bootstrap([float(value >= s[int(pick(r.ranks))]) for value, s, r in rows]).as_dict()
+            which: _over_prompts([(r.prompt.id, float(value >= s[int(pick(r.ranks))])) for value, s, r in rows])
             for which, pick in (("beats_best", np.argmin), ("beats_worst", np.argmax))
         }
         shares[name] = over
     return shares
 
 
-def _unranked(prompt: Prompt, texts: tuple[str, ...]) -> Ranking:
+def _unranked(prompt: Prompt, texts: tuple[str, ...], instruction: str = "") -> Ranking:
     """Answers to be scored that nobody compared."""
-    return Ranking(prompt=prompt, texts=texts, ranks=(1.0,) * len(texts))
+    return Ranking(prompt=prompt, texts=texts, ranks=(1.0,) * len(texts), instruction=instruction)
 
 
 def best_of_n(reward_model: RewardModel, truths: Sequence[Truth], progress: Progress) -> Facts:

@@ -25,13 +25,15 @@ class Comparisons:
 
     differences: list[float]  # s_a − s_b
     wins: list[float]  # 1: people preferred a, ½: equally good
-    prompts: list[int]  # which ranking each is of
+    prompts: list[int]  # which prompt each is of, numbered as they come
 
 
 def comparisons(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> Comparisons:
     """Every compared pair of every ranking whose two answers have a score."""
     found = Comparisons(differences=[], wins=[], prompts=[])
-    for index, (ranking, own) in enumerate(zip(rankings, scores, strict=True)):
+    numbers: dict[str, int] = {}
+    for ranking, own in zip(rankings, scores, strict=True):
+        index = numbers.setdefault(ranking.prompt.id, len(numbers))
         for pairs, win in ((ranking.pairs, 1.0), (ranking.tied, 0.5)):
             for i, j in pairs:
                 if not math.isnan(own[i] - own[j]):

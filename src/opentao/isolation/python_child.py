@@ -7,6 +7,8 @@ never come here. What it says of test code is a word that the answer is not told
 from __future__ import annotations
 
 import json
+import sys
+import types
 from typing import Any
 
 from opentao.isolation.child import Answer, serve
@@ -21,13 +23,14 @@ def prepare(setup: dict[str, Any]) -> Answer:
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """``{"returned": [[true, 3], [false, "ValueError: …"]]}``, or ``{"passed": <the word>}``, or ``{"error": "…"}``."""
     calls, tests, word = job.get("calls"), job.get("tests"), job.get("word")
-    space: dict[str, Any] = {"__name__": "answer", "__builtins__": __builtins__}
+    module = sys.modules["answer"] = types.ModuleType("answer")  # where dataclasses look their annotations up
+    space = module.__dict__
     dumps, kind = json.dumps, BaseException
     try:
-        exec(compile(job["code"], "<answer>", "exec"), space)
+        exec(compile(job["code"], "<answer>", "exec", dont_inherit=True), space)
         if calls is not None:
             return {"returned": [_call(space, call) for call in calls]}
-        exec(compile(tests, "<tests>", "exec"), space)
+        exec(compile(tests, "<tests>", "exec", dont_inherit=True), space)
     except kind as error:
         return {"error": _words(error)}
     return {"passed": dumps(word)}

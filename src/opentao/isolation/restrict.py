@@ -4,7 +4,8 @@ What each layer takes away:
 
 * **resource limits**: memory, processor time, file size, open files, core dumps;
 * **capabilities**: all of them, so that root is root no more;
-* **Landlock** (Linux 5.13): files outside the folders that are named; signals to other processes (Linux 6.12);
+* **Landlock** (Linux 6.2; before, it could not keep a file from being cut short): files outside the folders that are
+  named; signals to other processes (Linux 6.12);
 * **seccomp**: sockets, new processes, signals, tracing, changing owners and modes, io_uring, and more of that kind.
 
 What is left: processor time and memory up to the limits, files in a folder of its own. The parent adds a limit of time.
@@ -91,6 +92,7 @@ CLONE_THREAD = 0x10000
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 EPERM, ENOSYS = 1, 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+LEAST_LANDLOCK = 3  # earlier ones cannot deny cutting a file short
 READ = 0b1101  # execute, read file, read folder
 RIGHTS_OF_VERSION = {1: 13, 2: 14, 3: 15, 4: 15}  # file rights that each version knows; 5 and later: 16
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 4, 38, 22
@@ -104,7 +106,7 @@ def support() -> list[str]:
     """What is missing here for full isolation, in words; empty if all is there."""
     if platform.system() != "Linux" or platform.machine() not in MACHINES:
         return [f"Linux on x86_64 or aarch64 (this is {platform.system()} on {platform.machine()})"]
-    missing = [] if _landlock_version() > 0 else ["Landlock (Linux 5.13, switched on)"]
+    missing = [] if _landlock_version() >= LEAST_LANDLOCK else ["Landlock (Linux 6.2, switched on)"]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(21, 0, 0, 0, 0) < 0:  # PR_GET_SECCOMP
         missing.append("seccomp")

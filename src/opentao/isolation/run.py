@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,18 @@ def run_jobs(
 
 
 @contextmanager
+def _folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="opentao-")
+    try:
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except RecursionError:  # folders in folders, made for this; Python below 3.13 goes down by calls
+            subprocess.run(["rm", "-rf", "--", folder], check=False)
+
+
+@contextmanager
 def _child(
     module: str,
     setup: dict[str, Any],
@@ -94,7 +107,7 @@ def _child(
     readable: Sequence[str],
     isolation: Isolation,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    with tempfile.TemporaryDirectory(prefix="opentao-", ignore_cleanup_errors=True) as folder:
+    with _folder() as folder:
         order = {
             "setup": setup,
             "jobs": list(jobs),

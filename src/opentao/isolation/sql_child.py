@@ -102,7 +102,9 @@ def check_query(sql: str, dialect: str) -> bool:
     if "\0" in sql:
         raise Refused("a zero byte")
     try:
-        statements = [s for s in sqlglot.parse(sql, read=dialect) if s is not None]
+        parsed = sqlglot.parse(sql, read=dialect)
+        # exp.Semicolon: one that a comment follows
+        statements = [s for s in parsed if s is not None and not isinstance(s, exp.Semicolon)]
     except (sqlglot.errors.SqlglotError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise Refused(f"does not parse: {type(error).__name__}: {error}") from error
     if len(statements) != 1:

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -122,14 +123,16 @@ class Client:
         """
         body = self._body(messages, schema)
         path = self._cached(body)
-        if path is not None and path.exists():
-            try:
-                return check(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, OSError):
-                path.unlink(missing_ok=True)  # damaged, or of an older way to ask
+        with suppress(OSError):  # a cache that cannot be used costs a request, not a verdict
+            if path is not None and path.exists():
+                try:
+                    return check(json.loads(path.read_text(encoding="utf-8")))
+                except ValueError:
+                    path.unlink(missing_ok=True)  # damaged, or of an older way to ask
         value, content = self._try_until(body, check, deadline)
-        if path is not None:
-            _write(path, content)
+        with suppress(OSError):
+            if path is not None:
+                _write(path, content)
         return value
 
     def _body(self, messages: list[dict[str, str]], schema: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -146,8 +147,10 @@ class Judge:
         """A ring in a drawn order: each answer meets the next ones, so that all meet about equally many."""
         order = list(range(count))
         random.Random(content_hash(self.seed, prompt.id, "pairs")).shuffle(order)
-        steps = range(1, min(-(-self.opponents // 2), count // 2) + 1)
-        ring = {tuple(sorted((order[k], order[(k + step) % count]))) for step in steps for k in range(count)}
+        steps = range(1, min(self.opponents // 2, count // 2) + 1)  # each is two opponents
+        met = [(k, k + step) for step in steps for k in range(count)]
+        met += [(k, k + count // 2) for k in range(count // 2) if self.opponents % 2]  # and one that lies opposite
+        ring = {tuple(sorted((order[a], order[b % count]))) for a, b in met}
         return sorted((i, j) for i, j in ring if i != j)
 
     def _listwise(self, group: Group, submit: Callable[..., Any]) -> Callable[[], list[Rating]]:
@@ -158,10 +161,11 @@ class Judge:
         asked = []
         for k in range(self.repeats):
             order = list(range(len(texts)))
-            random.Random(content_hash(self.seed, group.prompt.id, k)).shuffle(order)
+            random.Random(content_hash(self.seed, group.prompt.id, k // 2)).shuffle(order)
+            order = order[:: -1 if k % 2 else 1]  # every second one is the one before, from behind
             messages, schema = questions.listwise(group.prompt, [texts[i] for i in order], self.rubric)
             asked.append(submit(self._asker(messages, schema, partial(_read_ranking, order))))
-        return lambda: _mean_ranks(len(texts), [future.result() for future in asked])
+        return lambda: _mean_ranks(texts, [future.result() for future in asked])
 
     def _asker(
         self, messages: list[dict[str, str]], schema: dict[str, Any], read: Callable[[Any], Any], repeat: int = 0
@@ -199,12 +203,16 @@ def _win_shares(count: int, compared: Sequence[tuple[int, int, Sequence[Verdict]
     return [sum(own) / len(own) if own else _reason(failed) for own, failed in zip(won, errors, strict=True)]
 
 
-def _mean_ranks(count: int, verdicts: Sequence[Verdict]) -> list[Rating]:
+def _mean_ranks(texts: Sequence[str], verdicts: Sequence[Verdict]) -> list[Rating]:
+    """1 for the first place, 0 for the last, over all rankings; equal answers share their places."""
     rankings = [v for v in verdicts if not isinstance(v, JudgeError)]
     if not rankings:
-        return [_reason(verdicts)] * count
-    places = [[ranking.index(i) for ranking in rankings] for i in range(count)]
-    return [1 - sum(own) / len(own) / (count - 1) for own in places]
+        return [_reason(verdicts)] * len(texts)
+    places: dict[str, list[int]] = defaultdict(list)
+    for ranking in rankings:
+        for place, i in enumerate(ranking):
+            places[texts[i]].append(place)
+    return [1 - sum(places[text]) / len(places[text]) / (len(texts) - 1) for text in texts]
 
 
 def _reason(errors: Sequence[Verdict]) -> Rating:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from opentao.scorers.plugin import Rating, unscored
+from opentao.scorers.plugin import Rating, call_plugin, unscored
 from opentao.types import Group, Prompt, Response
 
 ARGS = ConfigDict(extra="forbid")
@@ -34,10 +34,13 @@ class Verifier:
         return [self._rate_safely(group.prompt, response) for response in group.responses]
 
     def _rate_safely(self, prompt: Prompt, response: Response) -> Rating:
+        """Whatever goes wrong with one response is its own: the others of the group keep their scores."""
         try:
             return self.rate(prompt, response)
         except Unscored as reason:
             return unscored(reason.kind, str(reason))
+        except Exception as error:
+            return call_plugin(_raise, error)
 
     def rate(self, prompt: Prompt, response: Response) -> Rating:
         """The score of one response.
@@ -46,6 +49,16 @@ class Verifier:
             Unscored: it cannot be judged.
         """
         raise NotImplementedError
+
+
+def _raise(error: Exception) -> Rating:
+    raise error
+
+
+def known_tokens(response: Response) -> list[int]:
+    if response.text and not response.tokens_R:
+        raise Unscored("no_tokens", "this answer was not sampled here: its tokens are not known")
+    return list(response.tokens_R)
 
 
 def meta_value(prompt: Prompt, key: str) -> Any:

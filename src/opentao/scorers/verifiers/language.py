@@ -42,6 +42,8 @@ class Language(Verifier):
 
     def rate(self, prompt: Prompt, response: Response) -> float:
         wanted = self.languages or [meta_text(prompt, str(self.key))]
+        if not set(wanted) <= set(self._detector.labels):
+            raise Unscored("bad_key", f"meta[{self.key!r}] is {wanted[0]!r}, expected a code such as en, de, ja")
         letters = sum(character.isalpha() for character in response.text)
         if letters < self.least:
             raise Unscored("too_short", f"{letters} letters, {self.least} are needed to tell a language")

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from opentao.scorers.verifiers.base import ARGS, Unscored, Verifier
+from opentao.scorers.verifiers.base import ARGS, Verifier, known_tokens
 from opentao.types import Prompt, Response
 
 
@@ -41,9 +41,7 @@ class Length(Verifier):
 
     def _count(self, response: Response) -> int:
         if self.unit == "tokens":
-            if response.text and not response.tokens_R:
-                raise Unscored("no_tokens", "this answer was not sampled here: its tokens are not known")
-            return len(response.tokens_R)
+            return len(known_tokens(response))
         return len(response.text.split() if self.unit == "words" else response.text)
 
     def _outside(self, count: int) -> int:

@@ -88,7 +88,12 @@ class PythonTests(Verifier):
 def _calls(value: Any, key: str) -> list[dict[str, Any]]:
     """The calls of a prompt; a table file stores an expected null and a missing one alike, hence `expect` may be absent
     only where it is null."""
-    good = isinstance(value, list) and value and all(isinstance(c, dict) and c.get("function") for c in value)
-    if not good:
-        raise Unscored("bad_key", f"meta[{key!r}]: expected a list of {{function, args, expect}}")
-    return [{"expect": None} | call for call in value]
+    if not (isinstance(value, list) and value and all(isinstance(c, dict) and c.get("function") for c in value)):
+        raise Unscored("bad_key", f"meta[{key!r}]: expected a list of {{function, args, kwargs, expect}}")
+    calls = [{name: given for name, given in call.items() if given is not None} for call in value]
+    for number, call in enumerate(calls):
+        if unknown := sorted(set(call) - {"function", "args", "kwargs", "expect"}):
+            raise Unscored("bad_key", f"meta[{key!r}]: call {number}: unknown key {unknown[0]!r}")
+        if not isinstance(call.get("args", []), list) or not isinstance(call.get("kwargs", {}), dict):
+            raise Unscored("bad_key", f"meta[{key!r}]: call {number}: expected a list of args, an object of kwargs")
+    return [{"expect": None} | call for call in calls]

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from opentao.scorers.verifiers.base import ARGS, Verifier
+from opentao.scorers.verifiers.base import ARGS, Verifier, known_tokens
 from opentao.types import Prompt, Response
 
 
@@ -31,7 +31,7 @@ class Repetition(Verifier):
 
     def _units(self, response: Response) -> list[str] | list[int]:
         if self.unit == "tokens":
-            return list(response.tokens_R)
+            return known_tokens(response)
         text = response.text.casefold()
         return text.split() if self.unit == "words" else list(text)
 

@@ -46,14 +46,26 @@ def find_last(pattern: regex.Pattern[str], text: str) -> str | None:
 
 
 def last_fence(text: str) -> str:
-    """What the last Markdown code fence holds; without a fence, the text itself. An open fence ends with the text."""
+    """What the last Markdown code fence holds; without a fence, the text itself. An open fence ends with the text.
+
+    A fence may stand at the end of the last line of code, and code on one line between two fences counts. Lines of an
+    indented fence (of a list) are less indented by as much.
+
+    >>> last_fence("```sql\\nSELECT 1;```"), last_fence("```SELECT 2```"), last_fence("- so:\\n  ```\\n  a = 3\\n  ```")
+    ('SELECT 1;', 'SELECT 2', 'a = 3')
+    """
     blocks: list[list[str]] = []
-    inside = False
+    inside, indent = False, 0
     for line in text.split("\n"):
-        if line.lstrip().startswith("```"):
-            inside = not inside
-            if inside:
-                blocks.append([])
+        start = line.lstrip()
+        if not inside and start.startswith("```"):
+            one_line, closed, _ = start[3:].rpartition("```")
+            blocks.append([one_line] if closed else [])
+            inside, indent = not closed, len(line) - len(start)
         elif inside:
-            blocks[-1].append(line)
+            code, closed, after = line.rpartition("```")
+            inside = not closed or (bool(after.strip()) and not start.startswith("```"))
+            if inside or code.strip():
+                kept = line if inside else code
+                blocks[-1].append(kept[min(indent, len(kept) - len(kept.lstrip())) :])
     return "\n".join(blocks[-1]) if blocks else text
