@@ -40,7 +40,8 @@ class Verifier:
         except Unscored as reason:
             return unscored(reason.kind, str(reason))
         except Exception as error:
-            return call_plugin(_raise, error)
+            rating: Rating = call_plugin(_raise, error)
+            return rating
 
     def rate(self, prompt: Prompt, response: Response) -> Rating:
         """The score of one response.
