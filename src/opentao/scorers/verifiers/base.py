@@ -35,13 +35,14 @@ class Verifier:
 
     def _rate_safely(self, prompt: Prompt, response: Response) -> Rating:
         """Whatever goes wrong with one response is its own: the others of the group keep their scores."""
+        rating: Rating = call_plugin(self._rate_or_reason, prompt, response)
+        return rating
+
+    def _rate_or_reason(self, prompt: Prompt, response: Response) -> Rating:
         try:
             return self.rate(prompt, response)
         except Unscored as reason:
             return unscored(reason.kind, str(reason))
-        except Exception as error:
-            rating: Rating = call_plugin(_raise, error)
-            return rating
 
     def rate(self, prompt: Prompt, response: Response) -> Rating:
         """The score of one response.
@@ -50,10 +51,6 @@ class Verifier:
             Unscored: it cannot be judged.
         """
         raise NotImplementedError
-
-
-def _raise(error: Exception) -> Rating:
-    raise error
 
 
 def known_tokens(response: Response) -> list[int]:
