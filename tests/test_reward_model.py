@@ -409,7 +409,7 @@ def test_accuracy_by_hand(guided: RewardModel, monkeypatch: pytest.MonkeyPatch) 
     assert facts["accuracy"]["mean"] == pytest.approx((1 + 0 + 0.5) / 3)
     # lengths 2 1; pairs (1,0): 1 < 2 wrong, (1,2): wrong, (0,2): tie, 0.5/3; tie
     assert facts["longer_wins"]["mean"] == pytest.approx((1 + 0.5 / 3 + 0.5) / 3)
-    assert (facts["prompts"], facts["pairs"], facts["accuracy"]["n"]) == (3, 5, 3)
+    assert (facts["prompts"], facts["pairs"], facts["accuracy"]["n"]) == (1, 5, 3)  # all of one prompt
 
 
 # ---------------------------------------------------------------------------------------------------- scorer
