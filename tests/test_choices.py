@@ -366,6 +366,18 @@ def test_right_answers_are_not_ordered_by_the_way(choices: Choices, tmp_path: Pa
     assert sorted((r.texts, r.ranks) for r in rankings_of(other)) == [((a, c), (1.0, 2.0)), ((b, c), (1.0, 2.0))]
 
 
+def test_an_export_imported_where_it_came_from_changes_nothing(choices: Choices) -> None:
+    """Marks are exported as rankings, under the id of one of them."""
+    first, second, *_ = choices.items()
+    for item, most in ((first, 2), (second, 3)):
+        for place in range(most):
+            judge(choices, "ann", item, (place,), {"right": place > 0})
+    exported = rankings_of(choices)
+    assert len(exported) == 2
+    assert import_rankings(choices, exported) == 0
+    assert rankings_of(choices) == exported
+
+
 def test_a_file_imported_twice_changes_nothing(tmp_path: Path) -> None:
     time, prompt = "2026-01-02T03:04:05+00:00", Prompt.from_text("x")
     rankings = [

@@ -96,6 +96,8 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
     the same n times counts n times.
     """
     first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # what a repeat repeats
+    known = {c.task.id for c in choices.choices()}
+    rankings = [r for r in rankings if r.facts.get("id") not in known]  # an export of this very file, too
     added = 0
     for key, ranking in _named(rankings):
         name = ranking.annotator or "import"
