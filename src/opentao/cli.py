@@ -177,13 +177,10 @@ def _prompt_line(prompt: Any) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    from opentao.store import write_whole
+
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-    except OSError as error:  # of the file that was asked for
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    part.replace(path)
+    write_whole(path, text)
 
 
 @app.command()

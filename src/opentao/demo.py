@@ -38,7 +38,7 @@ from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.session import Session, open_session
 from opentao.split import split
-from opentao.store import Run, table_to_groups, table_to_prompts
+from opentao.store import Run, table_to_groups, table_to_prompts, write_whole
 from opentao.types import Group, Prompt, content_hash
 
 CATEGORIES = ("billing", "bug", "account", "delivery", "cancellation", "sales")
@@ -153,9 +153,7 @@ def write_tickets(directory: Path, config: Config, seed: int) -> list[dict[str, 
     path, text = directory / "tickets.jsonl", "".join(lines)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise StoreError(f"{path}: of another seed, or changed by hand; name another directory with --run")
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, text)
     return chosen
 
 

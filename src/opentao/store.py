@@ -250,6 +250,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. OSError names `path`."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    part.replace(path)
+
+
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
     # keys as they came: a chat template writes a tool's schema in the order of its keys
     as_json = {k: json.dumps(v, ensure_ascii=False) for k, v in asdict(prompt).items()}
