@@ -276,9 +276,16 @@ class TestForPeople:
     def test_nothing_could_be_scored(self, tao: Tao, config: Path) -> None:
         broken = ("--set", "scorers.0.args.function=toy_scorers:broken")
         tao("generate", config, *broken)
-        assert tao("train", config, *broken).out == "0 steps; policy: unchanged\n"
-        assert tao("evaluate", config, "--round", 1, *broken).out == "first try – (–, n = 0)\n"
-        assert "No step was taken" in tao("run", config, *broken).out
+        for command in ("score", "train"):
+            result = tao(command, config, *broken)
+            assert result.code == 1
+            assert result.complaint.startswith(
+                "round 1: none of 24 answers could be scored (letters: RuntimeError: the "
+            )
+        for command in ("evaluate", "predict", "run"):
+            result = tao(command, config, *broken)
+            assert result.code == 1
+            assert result.complaint.startswith("base: held-out: none of ")
 
     def test_import(self, tao: Tao, tmp_path: Path) -> None:
         (tmp_path / "log.csv").write_text("prompt\nWhere is it?\n")

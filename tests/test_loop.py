@@ -16,7 +16,7 @@ from tiny import WORDS, tiny_config, write_prompts
 from opentao import loop
 from opentao.config import Config
 from opentao.engines.fake import FakeEngine
-from opentao.errors import StoreError
+from opentao.errors import ScoreError, StoreError
 from opentao.objectives import OBJECTIVES, Objective
 from opentao.progress import Progress
 from opentao.session import open_session
@@ -38,9 +38,13 @@ class Case:
     notes: list[str]
 
     def files(self) -> dict[str, tuple[int, bytes]]:
-        """Everything that is made once: shards and policies, by name, with time and content."""
-        found = [p for p in self.directory.rglob("*") if p.suffix in (".parquet", ".safetensors")]
-        return {str(p.relative_to(self.directory)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(found)}
+        return files(self.directory)
+
+
+def files(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything that is made once: shards and policies, by name, with time and content."""
+    found = [p for p in directory.rglob("*") if p.suffix in (".parquet", ".safetensors")]
+    return {str(p.relative_to(directory)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(found)}
 
 
 def go(directory: Path, tree: Tree, **args: Any) -> Case:
@@ -235,14 +239,17 @@ class TestResume:
         flaky = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
         once = {"type": "toy_scorers:Once", "name": "once", "weight": 0.5, "args": {"seen": str(tmp_path / "seen")}}
         tree |= {"scorers": [flaky, once]}
-        first = go(tmp_path / "run", tree)
-        assert first.summary["why"].startswith("No step was taken: no response could be scored (judge: ")
+        with pytest.raises(
+            ScoreError, match=r"of 32 answers could be scored \(judge: ConnectionError: nobody answers\)"
+        ):
+            go(tmp_path / "run", tree)
+        name = "round-0/eval/groups/00000.parquet"
+        sampled = files(tmp_path / "run")[name]
         down.rmdir()
         again = go(tmp_path / "run", tree)
         assert again.summary["unscored"] == {}
         assert again.summary["rounds"][0]["train"]["steps"] > 0
-        sampled = "round-0/eval/groups/00000.parquet", "round-1/groups/00000.parquet"
-        assert all(again.files()[name] == first.files()[name] for name in sampled)
+        assert again.files()[name] == sampled
         assert go(tmp_path / "run", tree).files() == again.files()
         tree["scorers"][1]["args"] = {"seen": str(tmp_path / "seen elsewhere")}
         assert go(tmp_path / "other", tree).summary["policy_hash"] == again.summary["policy_hash"]
@@ -346,25 +353,6 @@ class TestKeepBase:
         assert summary["why"].startswith("No round beats the base beyond doubt")
         assert (summary["best_round"], summary["policy"]) == (0, None)
 
-    def test_scorer_that_always_raises(self, tree: Tree, tmp_path: Path) -> None:
-        case = go(tmp_path, scored_by(tree, "broken"))
-        summary = case.summary
-        assert summary["rounds"][0]["train"] | {"idle": ""} == {
-            "groups": 6, "informative": 0, "steps": 0, "loss_first": None, "loss_last": None, "idle": ""
-        }  # fmt: skip
-        heldout, train = summary["prompts"]["heldout"], 6
-        sampled = 4 + 1 + 4 + 1  # base and unchanged policy: a group and a greedy response a held-out prompt
-        assert summary["unscored"] == {"judge": heldout * sampled + train * 4}
-        assert summary["verdict"] == "keep base"
-        reason = "no response could be scored (judge: RuntimeError: the judge is down)"
-        assert summary["why"] == f"No step was taken: {reason}."
-        assert summary["base"]["first_try"] == {"mean": None, "low": None, "high": None, "n": 0}
-        assert any(f"{reason}: no step taken" in note for note in case.notes)
-        assert "base: held-out: scored nothing: judge: RuntimeError: the judge is down" in case.notes
-        assert not (tmp_path / "round-1/policy").exists()
-        table = rows(tmp_path, "round-1/scores/00000.parquet")
-        assert {row["error"] for row in table if row["scorer"] == "judge"} == {"RuntimeError: the judge is down"}
-
     def test_equal_scores_everywhere(self, tree: Tree, tmp_path: Path) -> None:
         case = go(tmp_path, scored_by(tree, "constant"))
         assert case.summary["why"] == "No step was taken: all rewards are equal in every group."
@@ -378,6 +366,57 @@ class TestKeepBase:
         assert summary["verdict"] == "keep base"
         assert summary["why"].startswith("Round 1 was stopped as over-optimised: against the base its reward moves")
         assert [r["round"] for r in summary["rounds"]] == [1] and summary["policy"] is None
+
+
+class TestNothingToCompare:
+    """No verdict where nothing was measured: the run ends with an error, and goes on once that is mended."""
+
+    def test_scorer_that_always_raises(self, tree: Tree, tmp_path: Path) -> None:
+        with pytest.raises(ScoreError) as error:
+            go(tmp_path, scored_by(tree, "broken"))
+        assert str(error.value) == (
+            "base: held-out: none of 32 answers could be scored (judge: RuntimeError: the judge is down);"
+            " what was sampled is kept: mend that and start again"
+        )
+        assert not (tmp_path / "round-1").exists() and not (tmp_path / "summary.json").exists()
+        table = rows(tmp_path, "round-0/eval/scores/00000.parquet")
+        assert {row["error"] for row in table if row["scorer"] == "judge"} == {"RuntimeError: the judge is down"}
+        assert {row["value"] for row in table if row["scorer"] == "judge"} == {None}
+        assert go(tmp_path, scored_by(tree, "letters")).summary["rounds"][0]["train"]["steps"] > 0
+
+    def test_audit_that_always_raises(self, tree: Tree, tmp_path: Path) -> None:
+        tree["audit"] = {"type": "python", "args": {"function": "toy_scorers:broken"}}
+        with pytest.raises(
+            ScoreError, match=r"none of 32 answers could be scored by the audit \(audit: RuntimeError: "
+        ):
+            go(tmp_path, scored_by(tree, "letters"))
+
+    def test_scorer_that_goes_away(self, tree: Tree, tmp_path: Path) -> None:
+        """It scored the base and nothing of the round: no policy of that round, until it is there again."""
+        down = tmp_path / "down"
+        scorer = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
+
+        class Leaves(FakeEngine):
+            def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
+                yield from super().sample(prompts, plan)
+                if plan.group_size == 3:
+                    down.mkdir(exist_ok=True)
+
+        tree |= {"scorers": [scorer], "generate": tree["generate"] | {"group_size": 3}}
+        engine = Leaves(lambda prompt, seed: "ab1"[seed % 3] * 3)
+        with pytest.raises(ScoreError, match=r"^round 1: none of 18 answers could be scored \(judge: "):
+            go(tmp_path / "run", tree, engine=engine)
+        assert not (tmp_path / "run/round-1/policy").exists()
+        down.rmdir()
+        assert go(tmp_path / "run", tree, engine=engine).summary["unscored"] == {}
+
+    def test_no_prompt_can_be_answered(self, tree: Tree, tmp_path: Path) -> None:
+        """The tiny model's context is 512 tokens."""
+        long = write_prompts(tmp_path / "p.jsonl", 0, tuple(f"{word} " * 600 for word in WORDS))
+        with pytest.raises(
+            ScoreError, match=r"^base: held-out: none of \d+ prompts could be answered \(prompt_too_long"
+        ):
+            go(tmp_path / "run", tree | {"prompts": tree["prompts"] | {"path": str(long)}})
 
 
 class Gamed(FakeEngine):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from opentao.errors import ModelError
@@ -18,6 +19,7 @@ from opentao.models import (
     DEFAULT_MODEL,
     ensure_chat_template,
     load_causal_lm,
+    load_classifier,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -77,6 +79,18 @@ class TestLoading:
         with pytest.raises(ModelError, match="cannot be loaded") as error:
             load_causal_lm(str(tmp_path / "model"), dtype=torch.float32)
         assert "\n" not in str(error.value)
+
+    def test_weights_that_are_not_there_are_not_made_up(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        """A language model's folder named as a reward model would get a random head."""
+        with pytest.raises(ModelError, match=r"no weights for score\.weight of LlamaForSequenceClassification"):
+            load_classifier(str(tiny_model_dir), dtype=torch.float32)
+        shutil.copytree(tiny_model_dir, tmp_path / "model")
+        weights = load_file(tmp_path / "model" / WEIGHTS)
+        cut = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+        assert len(cut) < len(weights)
+        save_file(cut, tmp_path / "model" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"no weights for (model\.layers\.1\.\S+, ){2}\S+ and \d+ more of Llama"):
+            load_causal_lm(str(tmp_path / "model"), dtype=torch.float32)
 
     @pytest.mark.parametrize("load", [lambda n: load_causal_lm(n, dtype=torch.float32), load_tokenizer])
     def test_hub_failure_is_one_line(self, load) -> None:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from opentao.cli import app
 from opentao.config import ScorerConfig
-from opentao.errors import ModelError, TrainError
+from opentao.errors import ConfigError, ModelError, ScoreError, TrainError
 from opentao.models import load_causal_lm, load_tokenizer
 from opentao.optimise import NO_CHECKPOINT, Metrics
 from opentao.preferences import Ranking, write_preferences
@@ -38,7 +38,7 @@ from opentao.reward_model import HEAD_SCALE, QUESTION, RewardModel
 from opentao.reward_train import RewardTraining, lora_targets, train_reward_model, train_to_folder
 from opentao.rows import Row
 from opentao.scorers.registry import build_scorer
-from opentao.scorers.run import run_scorer
+from opentao.scorers.run import run_scorer, run_scorer_many
 from opentao.types import BatchScorer, Group, Message, Prompt, Response
 
 PROSE, JSON = SENTENCES[:5], SENTENCES[5:8]
@@ -452,11 +452,30 @@ def test_squash_of_extreme_scores(guided: RewardModel, tmp_path: Path, monkeypat
     assert scorer.score(group_of(ANSWERS[:3])) == [0.0, 0.5, 1.0]
 
 
-def test_a_reward_model_that_fails_leaves_the_group_unscored(guided: RewardModel, tmp_path: Path) -> None:
-    scorer = build_scorer(ScorerConfig(type="reward_model", args={"model": str(tmp_path / "none")}))
-    scores = run_scorer(scorer, group_of(ANSWERS))
+def test_a_reward_model_that_cannot_work_ends_the_run(guided: RewardModel, tmp_path: Path) -> None:
+    """At once where no folder is there; else when it is loaded. It is not a failure of the answers."""
+    with pytest.raises(ConfigError, match=r"^scorer reward_model: model '.*none': expected a built-in name"):
+        build_scorer(ScorerConfig(type="reward_model", args={"model": str(tmp_path / "none")}))
+    (folder := tmp_path / "rm").mkdir()
+    guided.save(folder)
+    for args, complaint in (
+        ({"model": "opentao-tests/absent"}, "model 'opentao-tests/absent' cannot be loaded"),
+        ({"model": str(folder), "pessimism": 1.0}, "pessimism needs an ensemble"),
+    ):
+        scorer = build_scorer(ScorerConfig(type="reward_model", name="rm", args=args))
+        for groups in ([group_of(ANSWERS)], [group_of(ANSWERS)] * 2):
+            with pytest.raises(ScoreError, match=f"^scorer rm: {complaint}"):
+                run_scorer_many(scorer, groups)
+
+
+def test_a_conversation_that_the_template_refuses_is_unscored(guided: RewardModel, tmp_path: Path) -> None:
+    guided.tokenizer.chat_template = "{{ raise_exception('no') }}" + str(guided.tokenizer.chat_template)
+    guided.save(tmp_path / "rm")
+    scores = run_scorer(
+        build_scorer(ScorerConfig(type="reward_model", args={"model": str(tmp_path / "rm")})), group_of(ANSWERS)
+    )
     assert [s.scored for s in scores] == [False] * 4
-    assert str(scores[0].error).startswith("ModelError: model")
+    assert str(scores[0].error).startswith("ModelError: the reward model's chat template does not take this")
 
 
 # ---------------------------------------------------------------------------------------------------- commands

@@ -35,7 +35,7 @@ from opentao.reward_train import (
     uses_plackett_luce,
 )
 from opentao.scorers.registry import build_scorer
-from opentao.scorers.run import run_scorer, run_scorer_many
+from opentao.scorers.run import run_scorer
 from opentao.types import Group, Prompt, Response
 
 
@@ -117,15 +117,6 @@ def test_the_scorer_is_pessimistic(tiny_model_dir: Path, tmp_path: Path) -> None
         found = run_scorer(build_scorer(ScorerConfig(type="reward_model", args=args)), group_of(*ANSWERS))
         expected = heads.mean(1) - k * heads.std(1)
         assert [s.value for s in found] == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-def test_pessimism_needs_an_ensemble(guided: RewardModel, tmp_path: Path) -> None:
-    guided.save(tmp_path / "rm")
-    args = {"model": str(tmp_path / "rm"), "pessimism": 1.0}
-    found = run_scorer(build_scorer(ScorerConfig(type="reward_model", args=args)), group_of(*ANSWERS))
-    assert {(s.error or "").partition(":")[0] for s in found} == {"ModelError"}
-    together = run_scorer_many(build_scorer(ScorerConfig(type="reward_model", args=args)), [group_of(*ANSWERS)] * 2)
-    assert {(s.error or "").partition(":")[0] for scores in together for s in scores} == {"ModelError"}
 
 
 def test_what_is_too_long_is_left_out(tiny_model_dir: Path, tmp_path: Path) -> None:

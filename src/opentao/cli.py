@@ -211,10 +211,11 @@ def score(
 ) -> None:
     """Score a round's groups; responses are never sampled again."""
     with _open(config, run, overrides) as session:
+        from opentao.score import require_scores, unscored
         from opentao.score import score as score_groups
-        from opentao.score import unscored
 
         groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
+        require_scores(session, groups, f"round {round_}")
         facts = {
             "round": round_,
             "groups": len(groups),

@@ -27,5 +27,12 @@ class ModelError(TaoError):
     """A model that cannot be resolved, loaded or used for the task."""
 
 
+class ScoreError(TaoError):
+    """A scorer that can score nothing at all. A scorer may raise it: the run ends, and goes on from there once mended.
+
+    Any other exception of a scorer leaves unscored what it met, and no more.
+    """
+
+
 class TrainError(TaoError):
     """Training had to stop (NaN loss, no informative group); the last good policy is kept."""

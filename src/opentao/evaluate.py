@@ -21,7 +21,7 @@ from opentao.optimise import autocast
 from opentao.pack import group_logprobs
 from opentao.policy import Policy, free_memory, load_policy
 from opentao.rows import Sequences
-from opentao.score import failures, score, unscored
+from opentao.score import failures, require_scores, score, unscored
 from opentao.scorers.verifiers.repetition import distinct_share
 from opentao.session import AUDIT, Session
 from opentao.solved import full_marks, solved
@@ -57,13 +57,19 @@ class Evaluation:
 
 
 def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Evaluation:
-    """Sample, score and measure `policy`; round 0 is the base itself."""
+    """Sample, score and measure `policy`; round 0 is the base itself.
+
+    Raises:
+        ScoreError: none of the base's answers has a reward, or none an audit: no policy could be compared with it.
+    """
     plan = heldout_plan(session, policy, base)
     size = plan.group_size
     greedy_plan = replace(plan, group_size=1, temperature=0.0)
     folder, label = f"round-{round_}/eval", "base" if round_ == 0 else f"round {round_}"
     others = [] if policy == base else company(session, base)
     sampled = _scored(session, f"{folder}/groups", policy, plan, f"{label}: held-out", others)
+    if policy == base:
+        require_scores(session, sampled, f"{label}: held-out", with_audit=True)
     others = others or (sampled if session.relative else [])
     greedy = _scored(session, f"{folder}/greedy", policy, greedy_plan, f"{label}: held-out, greedy", others)
     kl_P = np.zeros(len(sampled)) if policy == base else _kl(session, f"{folder}/kl.json", policy, base, sampled)

@@ -104,7 +104,10 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, trust_remote_code: bool = F
 
 
 def load_classifier(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A sequence-classification model (a reward model), otherwise as `load_causal_lm`."""
+    """A sequence-classification model (a reward model), otherwise as `load_causal_lm`.
+
+    Weights without its head are a language model's, say, and an error: a random head would score at random.
+    """
     from transformers import AutoModelForSequenceClassification
 
     return _load(AutoModelForSequenceClassification, name, dtype, trust_remote_code)
@@ -125,10 +128,14 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, trust_remote_code: boo
     torch.backends.cuda.enable_cudnn_sdp(False)
     where = str(resolve_model(name))
     with _as_model_error(name), _quiet_loading():
-        model: PreTrainedModel = auto_class.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        model, loading = auto_class.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    return model.eval()
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"model {name!r}: no weights for {', '.join(missing[:3])}{more} of {type(model).__name__}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 @contextlib.contextmanager

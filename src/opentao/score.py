@@ -7,10 +7,11 @@ an unscored part has no reward. The audit's scores stand in the same file and ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from opentao.errors import ScoreError
 from opentao.scorers.run import score_groups
-from opentao.session import Session, shards
+from opentao.session import AUDIT, Session, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
 from opentao.types import Group, Scorer, content_hash
 
@@ -56,7 +57,7 @@ def score(
             scored += attach_scores(groups, run.read_table(name))
             for scorer_name in set(silent(scored[-len(groups) :])) - told:
                 told.add(scorer_name)
-                session.progress.note(f"{label}: scored nothing: {why_unscored(scored[-len(groups) :], scorer_name)}")
+                session.progress.note(f"{label}: scored nothing: {why_unscored(scored[-len(groups) :], [scorer_name])}")
     if group_shards:
         session.spent(group_shards[0].partition("/")[0])
     return scored
@@ -77,19 +78,39 @@ def silent(groups: Sequence[Group]) -> list[str]:
     return [name for name, scored in found.items() if not scored]
 
 
+def require_scores(session: Session, groups: Sequence[Group], label: str, *, with_audit: bool = False) -> None:
+    """Answers of which none could be scored say nothing: no reason to keep the base, but an error of the scorer.
+
+    Raises:
+        ScoreError: no prompt was answered, no answer has a reward or, `with_audit`, none an audit.
+    """
+    kept = "what was sampled is kept: mend that and start again"
+    failed = Counter(f"{g.failure.kind}: {g.failure.message}" for g in groups if g.failure)
+    if failed.total() == len(groups):
+        why = "".join(f" ({reason})" for reason, _ in failed.most_common(1))
+        raise ScoreError(f"{label}: none of {len(groups)} prompts could be answered{why}; {kept}")
+    num = sum(len(group.responses) for group in groups)
+    if not any(group.scored for group in groups):
+        why = why_unscored(groups, session.weights)
+        raise ScoreError(f"{label}: none of {num} answers could be scored ({why}); {kept}")
+    if with_audit and session.audit and not any(s.scored for g in groups for s in g.scores.get(AUDIT, ())):
+        why = why_unscored(groups, [AUDIT])
+        raise ScoreError(f"{label}: none of {num} answers could be scored by the audit ({why}); {kept}")
+
+
 def unscored(groups: Sequence[Group]) -> Counter[str]:
     """How many responses each scorer left unscored."""
     return Counter(name for g in groups for name, scores in g.scores.items() for s in scores if not s.scored)
 
 
-def why_unscored(groups: Sequence[Group], scorer: str | None = None) -> str:
-    """The most frequent reason for which responses were left unscored, by this scorer or by any; "" if none was."""
+def why_unscored(groups: Sequence[Group], by: Collection[str] | None = None) -> str:
+    """The most frequent reason for which responses were left unscored, by these scorers or by any; "" if none was."""
     reasons = Counter(
         (name, s.error or "no reason given")
         for g in groups
         for name, scores in g.scores.items()
         for s in scores
-        if not s.scored and scorer in (None, name)
+        if not s.scored and (by is None or name in by)
     )
     return ": ".join(max(reasons, key=lambda reason: reasons[reason])) if reasons else ""
 

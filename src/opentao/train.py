@@ -26,7 +26,7 @@ from opentao.optimise import Checkpoint, Metrics, autocast, batches, num_steps, 
 from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for
 from opentao.policy import LoadedPolicy, Policy, free_memory, load_for_training
 from opentao.rows import Row, Sequences, whole_groups
-from opentao.score import why_unscored
+from opentao.score import require_scores
 from opentao.session import Session
 from opentao.types import NAN, Group, ReleasingEngine, Strategy, content_hash
 
@@ -207,6 +207,10 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     """The stage: train `policy` on a round's scored groups and write `round-K/policy`.
 
     Without one informative group no step is taken and the policy stays. Returns the policy and facts for the summary.
+
+    Raises:
+        TrainError: the loss is not a number; the last good policy is kept.
+        ScoreError: not one response has a reward.
     """
     session = session.of_round(round_)
     run, config = session.run, session.config
@@ -225,10 +229,11 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
-        facts["idle"] = nothing_to_learn(groups)
-        session.progress.note(f"round {round_}: {facts['idle']}: no step taken, policy unchanged")
         run.discard(name)  # of an earlier config
         checkpoint.discard()
+        require_scores(session, groups, f"round {round_}")
+        facts["idle"] = "all rewards are equal in every group"
+        session.progress.note(f"round {round_}: {facts['idle']}: no step taken, policy unchanged")
         run.write_json(steps, key, [])
         return policy, facts
     if not all(run.have(written, key) for written in (name, steps, mismatch)):
@@ -240,14 +245,6 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     distances = np.array([NAN if value is None else value for value in run.read_json(mismatch)])
     facts["sampler_mismatch"] = bootstrap(distances).as_dict()
     return Policy.of_folder(policy, run.path(name)), facts
-
-
-def nothing_to_learn(groups: Sequence[Group]) -> str:
-    """Why no group is informative."""
-    if not any(group.scored for group in groups):
-        why = why_unscored(groups)
-        return f"no response could be scored{f' ({why})' if why else ''}"
-    return "all rewards are equal in every group"
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

@@ -1,7 +1,7 @@
 """What every scorer needs: the word for "no score", finding an object by `module:name`, calling someone else's code.
 
 `call_plugin` is the only place of the package that catches every `Exception`: a bug in a scorer is data on the scores
-of the group it met, never the end of a run and never a 0.
+of the group it met, never the end of a run and never a 0. Only a `ScoreError` passes: the scorer cannot work at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
+from opentao.errors import ScoreError
 from opentao.types import NAN, Score
 
 Rating = float | Score | None
@@ -38,9 +39,11 @@ def one_line(text: str) -> str:
 
 
 def call_plugin(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result, or an unscored `Score` if it raises. KeyboardInterrupt and SystemExit pass."""
+    """The function's result, or an unscored `Score` if it raises. ScoreError, KeyboardInterrupt and SystemExit pass."""
     try:
         return function(*args)
+    except ScoreError:
+        raise
     except Exception as error:
         # Formatted by `traceback` because it survives an exception whose own __str__ raises.
         _, _, message = "".join(traceback.format_exception_only(error)).partition(":")

@@ -7,7 +7,8 @@ unscored with a reason, "kind: message":
 * ``not_finite``: infinite, or beyond a float;
 * ``not_a_number``: any other object;
 * ``wrong_length``: not one value a response (the whole group is unscored: there is no telling which is whose);
-* an exception's type: the scorer raised (the whole group), or the number's own conversion did.
+* an exception's type: the scorer raised (the whole group), or the number's own conversion did. A `ScoreError` is no
+  failure of a group: it ends the run.
 
 A scorer that knows why a response has no score returns ``Score(value=NAN, error="kind: message")`` in its place. A
 `Score` that carries an error is unscored whatever its value: a failure with a number on it is still a failure.
