@@ -37,7 +37,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], object]] = {
     "compute": lambda lab: compute.measure(lab, "1M", TRAIN),
     "multi-task": lambda lab: multi.measure(lab, "1M", TRAIN),
     "sizes": lambda lab: sizes.measure(lab, TRAIN),
-    "objectives": lambda lab: objectives.measure(lab, objectives.small_task(lab, "1M")),
+    "objectives": lambda lab: [objectives.measure(lab, task) for task in objectives.small_tasks(lab, "1M")],
     "recipes": lambda lab: recipes.measure(lab, [r.name for r in recipes.RECIPES]),
     "unbroken": lambda lab: unbroken.measure(lab, [r.name for r in recipes.RECIPES]),
     "peer": lambda lab: [peer.measure(lab, match) for match in peer.matches(lab)],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations, product
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opentao.bestofn import (
+    FEWEST,
     Interval,
+    _tail,
     baked_fraction,
     best_of_curve,
     best_of_k,
@@ -226,10 +230,34 @@ def test_pass_at_k_refuses(num: int, correct: int, k: int) -> None:
 
 
 def test_bootstrap_by_hand() -> None:
-    interval = bootstrap([1.0, NAN, 3.0], resamples=1000)
-    assert interval == Interval(mean=2.0, low=1.0, high=3.0, n=2)  # means of resamples are 1, 2, 3 w.p. 1/4, 1/2, 1/4
+    interval = bootstrap([1.0, NAN, 3.0] * 4, resamples=4000)
+    # one of 256 resamples is all 1, eight of 256 hold one 3, and 0.57 % of them lie beyond the bound
+    assert interval == Interval(mean=2.0, low=1.25, high=2.75, n=8)
     assert bootstrap([4.0] * 9) == Interval(mean=4.0, low=4.0, high=4.0, n=9)
     assert bootstrap([1.0, 2.0, 9.0], lambda v: float(np.median(v))).mean == 2.0
+
+
+@pytest.mark.parametrize("num", range(1, FEWEST))
+def test_few_prompts_have_no_interval(num: int) -> None:
+    values = [float(i + 1) for i in range(num)]
+    unknown = Interval(mean=(num + 1) / 2, low=-math.inf, high=math.inf, n=num)
+    assert bootstrap(values) == unknown
+    assert bootstrap(values * 4, clusters=[*range(num)] * 4) == replace(unknown, n=4 * num)
+
+
+@pytest.mark.parametrize("num", [8, 12, 20, 60])
+def test_chance_alone_is_above_zero_in_one_of_forty(num: int) -> None:
+    """Values that mean nothing: how often does the whole 95 % interval lie above zero? At most 2.5 %, and noise."""
+    rng = np.random.default_rng(num)
+    found = [bootstrap(rng.normal(size=num), resamples=1000, seed=i).low > 0 for i in range(2000)]
+    assert np.mean(found) < 0.025 + 3 * math.sqrt(0.025 * 0.975 / len(found))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "n", "t"), [(0.95, 6, 2.5706), (0.95, 11, 2.2281), (0.9, 7, 1.9432), (0.99, 21, 2.8453)]
+)
+def test_percentiles_are_as_far_out_as_students_t(confidence: float, n: int, t: float) -> None:
+    assert -NormalDist().inv_cdf(_tail(confidence, n)) == pytest.approx(math.sqrt(n / (n - 1)) * t, rel=2e-3)
 
 
 def test_bootstrap_is_repeatable() -> None:
@@ -328,6 +356,15 @@ def test_paired_difference_takes_out_the_prompts() -> None:
     assert paired_difference([3.0, NAN, 5.0], [1.0, 1.0, 1.0]).n == 2
 
 
+def test_means_of_equal_scores_do_not_differ() -> None:
+    """Three answers of 0.1 have another mean, in its last digit, than eight."""
+    three, eight = float(np.mean([0.1] * 3)), float(np.mean([0.1] * 8))
+    assert three != eight
+    interval = paired_difference([three] * 20, [eight] * 20)
+    assert (interval.mean, interval.low, interval.high) == (0.0, 0.0, 0.0)
+    assert paired_difference([1e-6] * 20, [0.0] * 20).low == pytest.approx(1e-6)
+
+
 def test_different_numbers_of_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(3,\), \(1,\)"):
         paired_difference([1.0, 2.0, 3.0], [1.0])
@@ -335,12 +372,12 @@ def test_different_numbers_of_prompts_are_refused() -> None:
 
 def test_baked_fraction_by_hand() -> None:
     # means over the prompts that have all three: tuned 4, first 2, best 7 -> 2/5
-    interval = baked_fraction([3.0, 5.0, 9.0, NAN], [1.0, 3.0, NAN, 0.0], [6.0, 8.0, 9.0, 1.0])
-    assert interval == Interval(mean=0.4, low=0.4, high=0.4, n=2)
+    interval = baked_fraction([3.0, 5.0, 9.0, NAN] * 4, [1.0, 3.0, NAN, 0.0] * 4, [6.0, 8.0, 9.0, 1.0] * 4)
+    assert (interval.mean, interval.low, interval.high, interval.n) == pytest.approx((0.4, 0.4, 0.4, 8))
 
 
 @settings(max_examples=25)
-@given(st.floats(-0.5, 1.5), st.integers(2, 30))
+@given(st.floats(-0.5, 1.5), st.integers(FEWEST, 30))
 def test_the_same_prompts_are_resampled_in_all_three(fraction: float, num: int) -> None:
     rng = np.random.default_rng(num)
     first, headroom = rng.normal(scale=10, size=num), rng.random(num) + 0.1
@@ -356,6 +393,6 @@ def test_baked_fraction_without_headroom_is_undefined() -> None:
 
 
 def test_doubtful_headroom_makes_the_interval_unbounded() -> None:
-    # a quarter of the resamples takes the second prompt twice and has no headroom
-    interval = baked_fraction([1.0, 1.0], [0.0, 0.0], [4.0, 0.0])
-    assert (interval.mean, interval.low, interval.high, interval.n) == (0.5, -math.inf, math.inf, 2)
+    # a third of the resamples takes the first prompt never and has no headroom
+    interval = baked_fraction([1.0] * 8, [0.0] * 8, [16.0] + [0.0] * 7)
+    assert (interval.mean, interval.low, interval.high, interval.n) == (0.5, -math.inf, math.inf, 8)

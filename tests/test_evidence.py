@@ -25,6 +25,7 @@ import lab as labs  # noqa: E402
 import objectives  # noqa: E402
 import page  # noqa: E402
 import pooled  # noqa: E402
+import records  # noqa: E402
 import small  # noqa: E402
 import tasks  # noqa: E402
 
@@ -54,7 +55,7 @@ class TestTasks:
         from opentao.models import load_model
 
         monkeypatch.setitem(decoders.SIZES, "tiny", (32, 1))
-        facts = decoders.train("tiny", tmp_path / "tiny", examples=10 * decoders.BATCH)
+        facts = decoders.train(tasks.corpus, "tiny", tmp_path / "tiny", examples=10 * decoders.BATCH)
         model, tokenizer = load_model(str(tmp_path / "tiny"), dtype=decoders.torch.float32)
         assert facts["parameters"] == sum(p.numel() for p in model.parameters())
         assert (
@@ -62,6 +63,43 @@ class TestTasks:
             == "Sort by name: lamp, desk 2021-03-03"
         )
         assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+class TestRecords:
+    @given(st.integers(0, 10**6))
+    def test_the_reward_goes_by_degrees(self, seed: int) -> None:
+        question, right, wrong = records.make("records", random.Random(seed))
+        prompt = Prompt.from_text(question)
+        assert records.right(prompt, right) == records.audit(prompt, f" {right}\n") == 1.0
+        record = json.loads(right)
+        for text in wrong:
+            try:
+                same = sum(json.loads(text)[field] == value for field, value in record.items())
+            except ValueError:
+                same = 0
+            assert records.right(prompt, text) == same / 4 < 1 and records.audit(prompt, text) == 0.0
+
+    @pytest.mark.parametrize(
+        ("text", "share"),
+        [
+            ('{"name": "Silva", "city": "Faro", "item": "lamp", "count": "7"}', 3 / 4),
+            ('{"name": "Silva", "city": "Faro", "item": "lamp", "count": 7.0}', 3 / 4),
+            ('{"name": "Silva", "city": "Faro", "item": "lamp", "count": 7, "note": ""}', 4 / 5),
+            ('{"item": "lamp"}', 1 / 4),
+            ("[7]", 0.0),
+            ("7", 0.0),
+            ("", 0.0),
+        ],
+    )
+    def test_shares(self, text: str, share: float) -> None:
+        prompt = Prompt.from_text("Write as JSON: Ana Silva from Faro orders 3 lamps and 4 more.")
+        assert records.right(prompt, text) == share
+
+    def test_the_corpus_is_half_right(self) -> None:
+        rows = [row for row, _ in zip(records.corpus(random.Random(0)), range(2000), strict=False)]
+        assert np.mean([answer == records.solution(question) for question, answer in rows]) == pytest.approx(
+            0.5, abs=0.05
+        )
 
 
 class TestLab:
@@ -159,10 +197,11 @@ class TestLab:
         assert copied == {"manifest.jsonl", "round-1/groups/0"}
 
 
-def test_rates_are_chosen_on_other_questions() -> None:
+@pytest.mark.parametrize("names", [tasks.TASKS, records.TASKS])
+def test_rates_are_chosen_on_other_questions(names: tuple[str, ...]) -> None:
     own, other = small.QUESTIONS, objectives.OTHER_QUESTIONS
-    first = {question for _, question, _ in small.questions(tasks.TASKS, own)}
-    second = {question for _, question, _ in small.questions(tasks.TASKS, other, first)}
+    first = {question for _, question, _ in small.questions(names, own)}
+    second = {question for _, question, _ in small.questions(names, other, first)}
     assert len(first) == len(second) == small.NUM_PROMPTS
     assert not first & second
 
@@ -170,9 +209,16 @@ def test_rates_are_chosen_on_other_questions() -> None:
 class TestConfigs:
     @pytest.mark.parametrize("variant", objectives.VARIANTS)
     @pytest.mark.parametrize("reward", objectives.REWARDS)
-    def test_every_variant_is_a_config(self, tmp_path: Path, variant: str, reward: str) -> None:
-        (tmp_path / "tao.yaml").write_text(json.dumps({"model": "m"} | small.CONFIG))
-        task = objectives.Task(name="t", folder=tmp_path, choosing=tmp_path, exact=small.EXACT)
+    @pytest.mark.parametrize(
+        ("config", "exact"),
+        [(small.CONFIG, small.EXACT), (small.RECORDS, small.EXACT_RECORDS)],
+        ids=["small", "records"],
+    )
+    def test_every_variant_is_a_config(
+        self, tmp_path: Path, variant: str, reward: str, config: labs.Facts, exact: list[labs.Facts]
+    ) -> None:
+        (tmp_path / "tao.yaml").write_text(json.dumps({"model": "m"} | config))
+        task = objectives.Task(name="t", folder=tmp_path, choosing=tmp_path, exact=exact)
         settings = {"scorers": objectives.scorers(task, reward)} | objectives.VARIANTS[variant]
         assert load_config(tmp_path / "tao.yaml", labs.changes(settings)).audit
 
@@ -211,10 +257,9 @@ class TestPooled:
         alone = cell(values, values)
         together = cell(values, values)
         base = together["first_tries"]["base"]
-        base["db_id"] = ["one" if value else "two" for value in base["audit"]]
+        base["db_id"] = [f"{int(value)}{i % 4}" for i, value in enumerate(base["audit"])]
         narrow, wide = (pooled.first_try([c], "base", "audit") for c in (alone, together))
-        assert (wide.low, wide.high) == (0.0, 1.0)
-        assert narrow.high < 1.0
+        assert wide.low < narrow.low and narrow.high < wide.high
 
     def test_one_against_another_is_prompt_by_prompt(self) -> None:
         """Prompts differ far more than the two do: each alone is uncertain, their difference is not."""
@@ -237,12 +282,12 @@ def test_the_page_shows_what_was_measured(lab: labs.Lab) -> None:
         "seconds": {"train": 1.0},
     }
     for seed in labs.SEEDS:
-        made = cell({"a": 0.25, "b": 0.25}, {"a": 0.75, "b": 0.75}) | facts
+        made = cell(dict.fromkeys("abcdefgh", 0.25), dict.fromkeys("abcdefgh", 0.75)) | facts
         lab.cell("recipes", f"text_to_sql/{seed}", lambda made=made: dict(made), None)
         lab.cell("objectives", f"small/exact/distill/{seed}", lambda made=made: made | {"rate": 2e-4}, None)
         lab.cell("compute", f"8/{seed}", lambda made=made: {str(r): made for r in compute.ROUNDS}, None)
     text = "\n".join(page.evidence(lab))
-    assert "| text_to_sql (3 seeds) | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
+    assert "| text_to_sql (3 seeds) | 8 / 8 | 0.250 (0.250 to 0.250) | 0.750 (0.750 to 0.750) | yes | +0.500 |" in text
     assert "| 0.750 (0.750 to 0.750) | 0.900 |" in text  # after, best of 16
     assert "not run" in text
     assert "| distill | 0.0002 | 0.750" in text

@@ -1,16 +1,17 @@
-"""Small decoders, trained here in minutes on the corpus of tasks.py: `python decoders.py OUT [SIZE …]`."""
+"""Small decoders, trained here in minutes on a module's corpus: `python decoders.py OUT tasks|records [SIZE …]`."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import corpus
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,9 +25,10 @@ SIZES = {"1M": (128, 4), "3M": (192, 6)}  # hidden size, layers
 EXAMPLES = 60_000
 BATCH = 64
 RATE = 2e-3
+Corpus = Callable[[random.Random], Iterator[tuple[str, str]]]  # (question, answer) without end
 
 
-def tokenizer() -> Any:
+def tokenizer(corpus: Corpus) -> Any:
     own = Tokenizer(models.BPE())
     own.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -61,9 +63,9 @@ def model(hidden: int, layers: int, vocabulary: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def train(size: str, out: Path, examples: int = EXAMPLES) -> dict[str, float]:
+def train(corpus: Corpus, size: str, out: Path, examples: int = EXAMPLES) -> dict[str, float]:
     """One pass over fresh examples; the loss is on answers. Writes the model's folder, returns size, loss, seconds."""
-    own = tokenizer()
+    own = tokenizer(corpus)
     policy = model(*SIZES[size], len(own))
     optimiser = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     steps = examples // BATCH
@@ -96,5 +98,6 @@ def _encoded(own: Any, question: str, answer: str) -> tuple[list[int], int]:
 
 
 if __name__ == "__main__":
-    for size in sys.argv[2:] or SIZES:
-        print(size, train(size, Path(sys.argv[1]) / size), flush=True)
+    place, module, *sizes = sys.argv[1:]
+    for size in sizes or SIZES:
+        print(size, train(importlib.import_module(module).corpus, size, Path(place) / size), flush=True)

@@ -1,6 +1,7 @@
 """What an answer costs before and after: a finished run's held-out prompts, one answer each, base and policy in turns.
 
-python inference_cost.py RUN   one JSON object: for each side the tokens of every prompt's answers, and seconds a pass
+python inference_cost.py RUN   one JSON object: for each side the tokens of every prompt's answers, and seconds a pass;
+what each prompt belongs to
 
 Times count sampling alone, not loading; passes alternate, and each begins with a few prompts that are not timed.
 """
@@ -45,7 +46,8 @@ def main() -> None:
             seconds, tokens = timed(engine, prompts, replace(plan, seed=plan.seed + i))
             found[side]["seconds"].append(round(seconds, 2))
             found[side]["tokens"] = [a + b for a, b in zip(found[side]["tokens"], tokens, strict=True)]
-    print(json.dumps(found | {"passes": PASSES}))
+    clusters = [p.meta.get("db_id") or p.meta.get("document") or p.id for p in prompts]
+    print(json.dumps(found | {"passes": PASSES, "clusters": clusters}))
 
 
 def timed(engine: GroupEngine, prompts: Sequence[Prompt], plan: SamplingPlan) -> tuple[float, list[int]]:

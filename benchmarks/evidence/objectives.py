@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import records
 import small
+import tasks
 from lab import SEEDS, Facts, Lab, made_of
 from recipes import NOISE, RANDOM
 
@@ -39,14 +41,21 @@ class Task:
     settings: Facts = field(default_factory=dict)
 
 
-def small_task(lab: Lab, size: str = "3M") -> Task:
-    return Task(
-        name="small",
-        folder=small.preferences(lab, size),
-        choosing=small.folder(lab, size, draw=OTHER_QUESTIONS),
-        exact=small.EXACT,
-        settings={"train.epochs": 2, "train.schedule": "linear"},
-    )
+def small_tasks(lab: Lab, size: str = "3M") -> list[Task]:
+    """The mixture of tasks.py, whose exact reward is right or wrong, and records.py, where it goes by degrees."""
+    return [
+        Task(
+            name=name,
+            folder=small.preferences(lab, size, names),
+            choosing=small.folder(lab, size, names, draw=OTHER_QUESTIONS),
+            exact=exact,
+            settings={"train.epochs": 2, "train.schedule": "linear"},
+        )
+        for name, names, exact in (
+            ("small", tasks.TASKS, small.EXACT),
+            ("records", records.TASKS, small.EXACT_RECORDS),
+        )
+    ]
 
 
 def scorers(task: Task, reward: str) -> list[Facts]:

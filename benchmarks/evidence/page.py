@@ -27,7 +27,8 @@ INTRODUCTION = (
     "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`), on decoders"
     " of so many weights that learnt them here from a corpus that is half wrong; where no size stands, 1M. The audit"
     " is then the exact answer, on questions held out; a run whose reward is exact was trained with the same judgement,"
-    " on other questions."
+    " on other questions. Objectives are compared on a second task too, `records` (`records.py`): its exact reward is"
+    " the share of a record's fields that are right, its audit asks for the whole record."
 )
 
 
@@ -45,7 +46,8 @@ def evidence(lab: Lab) -> list[str]:
         "inference cost": sections.inference,
     }
     found = [line for name, write in parts.items() if (cells := lab.kept(name)) for line in write(cells, lab)]
-    shown = [f"![{name}](../docs/pictures/{name}.svg)\n" for name in parts if (PICTURES / f"{name}.svg").exists()]
+    pictures = [path.stem for name in parts for path in sorted(PICTURES.glob(f"{name}*.svg"))]
+    shown = [f"![{name}](../docs/pictures/{name}.svg)\n" for name in pictures]
     return ["## Evidence", "", INTRODUCTION, "", *shown, *found] if found else []
 
 
@@ -53,6 +55,7 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from ("### Recipes", "")
     yield from head(
         "recipe",
+        "prompts audited / rewarded",
         "audit before",
         "audit after",
         "apart",
@@ -68,11 +71,13 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
         own = of(cells, recipe.name)
         if not own:
             continue
+        prompts = {what: first_try(own, "after", what).n for what in ("audit", "reward")}
         noise = of(lab.kept("random reward"), recipe.name)
         ks = max(own[0]["base"]["best_of"], key=int)
         best = sum(c["base"]["best_of"][ks]["mean"] for c in own) / len(own)
         yield row(
             f"{recipe.name} ({seeds(own)})",
+            " / ".join(map(str, prompts.values())),
             number(first_try(own, "base", "audit")),
             number(first_try(own, "after", "audit")),
             "yes" if clear(own, "audit") else "no",

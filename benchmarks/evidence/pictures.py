@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lab import Cells, Facts, Lab
 from labels import SIZES as LABELS
 from objectives import REWARDS, VARIANTS
 from page import PICTURES
-from pooled import first_try, of
+from pooled import first_try, of, tasks_of
 from recipes import RECIPES
 
 from opentao.bestofn import Interval
@@ -24,17 +25,20 @@ GREY = "#808690"
 
 def draw_all(lab: Lab) -> None:
     """Draws what there are figures for."""
-    pictures: dict[str, tuple[str, str, Callable[[Any, Cells], None]]] = {
-        "recipes": ("recipes", "Audit of the first try before and after, by recipe", recipes),
-        "objectives": ("objectives", "Audit of the first try by objective and reward", objectives),
-        "labels": ("labels", "Labels against none", labels),
-        "compute": ("compute", "First try against group size and rounds", compute),
-        "sizes": ("sizes", "First try before and after by model size", sizes),
-        "peer": ("peer", "From the base's first try (0) to its best of 8 (1), seed by seed", peer),
+    pictures: dict[str, tuple[str, Callable[[Any, Cells], None]]] = {
+        "recipes": ("Audit of the first try before and after, by recipe", recipes),
+        "labels": ("Labels against none", labels),
+        "compute": ("First try against group size and rounds", compute),
+        "sizes": ("First try before and after by model size", sizes),
+        "peer": ("From the base's first try (0) to its best of 8 (1), seed by seed", peer),
     }
-    for experiment, (name, title, draw) in pictures.items():
-        if cells := lab.kept(experiment):
+    for name, (title, draw) in pictures.items():
+        if cells := lab.kept(name):
             _picture(PICTURES / f"{name}.svg", title, draw, cells)
+    cells = lab.kept("objectives")
+    for task in tasks_of(cells):
+        title = f"Audit of the first try by objective and reward ({task})"
+        _picture(PICTURES / f"objectives-{task}.svg", title, partial(objectives, task=task), cells)
 
 
 def recipes(axes: Any, cells: Cells) -> None:
@@ -43,8 +47,7 @@ def recipes(axes: Any, cells: Cells) -> None:
     axes.set_xlabel("audit of the first try")
 
 
-def objectives(axes: Any, cells: Cells) -> None:
-    task = sorted({name.split("/")[0] for name in cells})[0]
+def objectives(axes: Any, cells: Cells, task: str) -> None:
     for place, reward in enumerate(REWARDS):
         for i, variant in enumerate(VARIANTS):
             if own := of(cells, f"{task}/{reward}/{variant}"):
@@ -94,8 +97,7 @@ def sizes(axes: Any, cells: Cells) -> None:
 
 
 def peer(axes: Any, cells: Cells) -> None:
-    tasks = sorted({name.split("/")[0] for name in cells})
-    for task, line in zip(tasks, ("-", "--", ":"), strict=False):
+    for task, line in zip(tasks_of(cells), ("-", "--", ":"), strict=False):
         ours = of(cells, f"{task}/opentao")
         for system, runs, colour in (("OpenTAO", ours, AFTER), ("TRL", of(cells, f"{task}/trl"), LIMIT)):
             for i, (run, own) in enumerate(zip(runs, ours, strict=False)):

@@ -33,6 +33,11 @@ def better(cells: Sequence[Facts], others: Sequence[Facts], what: str) -> Interv
     return _interval({key: (value - other[key][0], of) for key, (value, of) in own.items() if key in other})
 
 
+def tasks_of(cells: Cells) -> list[str]:
+    """The first parts of the cells' names."""
+    return sorted({name.split("/")[0] for name in cells})
+
+
 def worst(cells: Sequence[Facts], what: str) -> float:
     """The smallest gain of a seed."""
     return min(gain([cell], what).mean for cell in cells)

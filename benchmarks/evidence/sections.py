@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import small
 from compute import GROUP_SIZES, ROUNDS, TARGETS
@@ -11,7 +11,7 @@ from lab import Cells, Facts, Lab
 from labels import SIZES as LABELS
 from objectives import GRID, REWARDS, VARIANTS
 from peer import reached
-from pooled import average, first_try, gain, of, verdicts, worst
+from pooled import average, first_try, gain, of, tasks_of, verdicts, worst
 from rows import after, head, less, number, row, signed
 from tasks import TASKS
 
@@ -27,7 +27,7 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
         "",
     )
     yield from _rates(lab.kept("objectives, rates"))
-    for task in sorted({name.split("/")[0] for name in cells}):
+    for task in tasks_of(cells):
         for reward in REWARDS:
             found = {v: own for v in VARIANTS if (own := of(cells, f"{task}/{reward}/{v}"))}
             if not found:
@@ -61,13 +61,13 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
                     verdicts(own),
                 )
             yield ""
-            if all("task" in own[0]["first_tries"]["base"] for own in found.values()):
+            if all({*TASKS} <= {*own[0]["first_tries"]["base"].get("task", ())} for own in found.values()):
                 yield from _by_task(found)
 
 
 def _rates(cells: Cells) -> Iterator[str]:
     """What the choice of learning rates rests on."""
-    for task in sorted({name.split("/")[0] for name in cells}):
+    for task in tasks_of(cells):
         yield from (
             f"Learning rates ({task}): the one in bold, by the audit of one run each with the exact verifier on other "
             "questions than those below.",
@@ -245,16 +245,18 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
         "### Against TRL's GRPOTrainer",
         "",
         "Seconds of training until the first policy that is as good as the base's best of 8, seed by seed; judged were "
-        "ours after each round and four of TRL's, evenly over its time. OpenTAO multiplied in bf16, as it did by "
+        "ours after each round and four of TRL's, evenly over its time, so of TRL it is known only between which two "
+        "of them it got there: the last column has both. OpenTAO multiplied in bf16, as it did by "
         "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly "
         "luck.",
         "",
     )
     yield from head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")
-    for task in sorted({name.split("/")[0] for name in cells}):
+    for task in tasks_of(cells):
         ours, theirs = of(cells, f"{task}/opentao"), of(cells, f"{task}/trl")
         if not theirs:
             continue
+        ours = ours[: len(theirs)]  # a seed of which TRL's run is not there yet
         levels = [o["best_of"]["8"]["mean"] for o in ours]
         times = [
             [reached(run["points"], level) for run, level in zip(side, levels, strict=True)] for side in (ours, theirs)
@@ -268,12 +270,14 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
                 f"not in {e['seconds']:.0f}" if s is None else f"{s:.0f}" for s, e in zip(times[1], ends, strict=True)
             ),
             ", ".join(f"{e['first_try']['mean']:.2f}" for e in ends),
-            ", ".join(_sooner(o, t, e["seconds"]) for o, t, e in zip(*times, ends, strict=True)),
+            ", ".join(_sooner(o, t, run["points"]) for o, t, run in zip(*times, theirs, strict=True)),
         )
     yield ""
 
 
-def _sooner(ours: float | None, theirs: float | None, end: float) -> str:
+def _sooner(ours: float | None, theirs: float | None, points: Sequence[Facts]) -> str:
+    """TRL got there after the last policy that had not, and not later than the first that had."""
     if ours is None:
         return "not reached"
-    return f"more than {end / ours:.1f}×" if theirs is None else f"{theirs / ours:.1f}×"
+    last = max(p["seconds"] for p in points if theirs is None or p["seconds"] < theirs)
+    return f"more than {last / ours:.1f}×" if theirs is None else f"{last / ours:.1f}× to {theirs / ours:.1f}×"

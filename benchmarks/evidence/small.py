@@ -1,4 +1,4 @@
-"""The folder of a run over the small tasks of tasks.py: prompts, preferences, reward models, config."""
+"""The folder of a run over the small tasks of tasks.py or records.py: prompts, preferences, reward models, config."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import random
 import shutil
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from types import ModuleType
 
+import records
+import tasks
 from lab import HERE, Facts, Lab, made, made_of, meaning, python, tao
-from tasks import TASKS, make
 
 from opentao.preferences import Ranking, read_preferences, write_preferences
 
+KINDS: dict[str, ModuleType] = {task: module for module in (tasks, records) for task in module.TASKS}
 NUM_PROMPTS = 2000
 QUESTIONS = 2  # the draw of them that all tables are of
 NUM_PREFERENCES = 300
@@ -31,6 +34,10 @@ CONFIG: Facts = {
     "generate": {"group_size": 8, "temperature": 1.0, "max_new_tokens": 24},
     "evaluate": {"base_group_size": 16, "group_size": 8},
 }
+RECORDS: Facts = CONFIG | {
+    "audit": {"type": "python", "name": "whole", "args": {"function": "records:audit"}},
+    "generate": CONFIG["generate"] | {"max_new_tokens": 64},
+}
 TRAIN: Facts = {  # of all experiments but `objectives`; how it was found stands in dev/LOG.md
     "train.objective": "distill",
     "train.learning_rate": 4e-4,
@@ -47,66 +54,72 @@ SHOWN = [  # to the 135M model, which would answer in sentences; the decoders kn
     for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
 ]
 EXACT: list[Facts] = [{"type": "python", "name": "exact", "args": {"function": "tasks:right"}}]
+EXACT_RECORDS: list[Facts] = [{"type": "python", "name": "exact", "args": {"function": "records:right"}}]
 
 
-def model(lab: Lab, size: str) -> Path:
-    code = [meaning(HERE / name) for name in ("decoders.py", "tasks.py")]
+def model(lab: Lab, size: str, kind: ModuleType = tasks) -> Path:
+    code = [meaning(HERE / name) for name in ("decoders.py", f"{kind.__name__}.py")]
     return made(
-        lab.work / "decoders" / size,
+        lab.work / ("decoders" if kind is tasks else f"decoders-{kind.__name__}") / size,
         code,
-        lambda out: python(HERE / "decoders.py", str(out.parent), size, cwd=lab.work),
+        lambda out: python(HERE / "decoders.py", out.parent, kind.__name__, size, cwd=lab.work),
     )
 
 
-def folder(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS, draw: int = QUESTIONS) -> Path:
-    """Everything a run of a decoder of this size needs, made once. `draw`: of the questions."""
-    name = "-".join((size, *tasks)) + (f"-{draw}" if draw != QUESTIONS else "")
-    where = str(model(lab, size)) if size != "135M" else "smollm2-135m-instruct"
+def folder(lab: Lab, size: str, names: tuple[str, ...] = tasks.TASKS, draw: int = QUESTIONS) -> Path:
+    """Everything a run of a decoder of this size needs, made once. `names`: of tasks. `draw`: of the questions."""
+    kind = KINDS[names[0]]
+    name = "-".join((size, *names)) + (f"-{draw}" if draw != QUESTIONS else "")
+    where = str(model(lab, size, kind)) if size != "135M" else "smollm2-135m-instruct"
     weights = meaning(Path(where) / "model.safetensors") if size != "135M" else size
-    of = [CONFIG, NUM_PROMPTS, SHOWN, meaning(HERE / "tasks.py"), tasks, draw, weights]
-    return made(lab.work / "small" / name, of, lambda out: _write(out, size, where, tasks, draw))
+    config = RECORDS if kind is records else CONFIG
+    of = [config, NUM_PROMPTS, SHOWN, meaning(HERE / f"{kind.__name__}.py"), names, draw, weights]
+    return made(lab.work / "small" / name, of, lambda out: _write(out, size, {"model": where} | config, names, draw))
 
 
-def _write(out: Path, size: str, model: str, tasks: tuple[str, ...], draw: int) -> None:
-    shutil.copy(HERE / "tasks.py", out)
-    taken = {question for _, question, _ in questions(tasks, QUESTIONS)} if draw != QUESTIONS else set[str]()
+def _write(out: Path, size: str, config: Facts, names: tuple[str, ...], draw: int) -> None:
+    shutil.copy(HERE / f"{KINDS[names[0]].__name__}.py", out)
+    taken = {question for _, question, _ in questions(names, QUESTIONS)} if draw != QUESTIONS else set[str]()
     shown = SHOWN if size == "135M" else []
     rows = [
         {"messages": [*shown, {"role": "user", "content": question}], "task": task, "label": right}
-        for task, question, right in questions(tasks, draw, taken)
+        for task, question, right in questions(names, draw, taken)
     ]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "tao.yaml").write_text(json.dumps({"model": model} | CONFIG, indent=1))  # JSON is YAML
+    (out / "tao.yaml").write_text(json.dumps(config, indent=1))  # JSON is YAML
 
 
-def questions(tasks: tuple[str, ...], draw: int, taken: AbstractSet[str] = frozenset()) -> list[tuple[str, str, str]]:
+def questions(names: tuple[str, ...], draw: int, taken: AbstractSet[str] = frozenset()) -> list[tuple[str, str, str]]:
     """NUM_PROMPTS of (task, question, right answer), tasks in turn; none twice, none of those taken."""
     rng = random.Random(draw)
     found: dict[str, tuple[str, str, str]] = {}
     while len(found) < NUM_PROMPTS:
-        task = tasks[len(found) % len(tasks)]
-        question, right, _ = make(task, rng)
+        task = names[len(found) % len(names)]
+        question, right, _ = KINDS[task].make(task, rng)
         if question not in taken:
             found.setdefault(question, (task, question, right))
     return list(found.values())
 
 
-def preferences(lab: Lab, size: str, tasks: tuple[str, ...] = TASKS) -> Path:
+def preferences(lab: Lab, size: str, names: tuple[str, ...] = tasks.TASKS) -> Path:
     """Two reward models of choices on other questions: `reward`, and `flipped`, whose choices lie in one of four."""
-    out = folder(lab, size, tasks)
+    out, kind = folder(lab, size, names), KINDS[names[0]]
 
     def train(out: Path) -> None:
-        folder(lab, size, tasks)  # which was just removed, if choices or settings are others
+        folder(lab, size, names)  # which was just removed, if choices or settings are others
         rng = random.Random(3)
-        lines = []
-        for i in range(NUM_PREFERENCES):
-            question, right, wrong = make(tasks[i % len(tasks)], rng)
+        taken = {question for _, question, _ in questions(names, QUESTIONS)}
+        lines: list[Facts] = []
+        while len(lines) < NUM_PREFERENCES:
+            question, right, wrong = kind.make(names[len(lines) % len(names)], rng)
+            if question in taken:
+                continue
             lines.append({"prompt": question, "responses": [right, *wrong], "ranks": [1, 2, 2, 2], "ties": "unknown"})
         (out / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_preferences(out / "flipped.jsonl", flip(read_preferences(out / "pairs.jsonl").rankings, FLIPPED))
         for pairs, reward in (("pairs.jsonl", "reward"), ("flipped.jsonl", "flipped")):
             if not (out / reward / "config.json").exists():
-                given = ("--pairs", pairs, "--out", reward, "--model", str(model(lab, size)), *REWARD)
+                given = ("--pairs", pairs, "--out", reward, "--model", str(model(lab, size, kind)), *REWARD)
                 tao("reward", "train", *given, cwd=out)
 
     return made(out, [made_of(out), NUM_PREFERENCES, FLIPPED, REWARD], train, mark="rewards_of")

@@ -63,7 +63,7 @@ def _cost(run: Path) -> Facts:
     passes, prompts = found["passes"], len(found["before"]["tokens"])
     return {
         side: {
-            "tokens": vars_of(bootstrap(np.array(found[side]["tokens"]) / passes)),
+            "tokens": vars_of(bootstrap(np.array(found[side]["tokens"]) / passes, clusters=found["clusters"])),
             "tokens_per_second": round(sum(found[side]["tokens"]) / sum(found[side]["seconds"]), 1),
             "answers_per_second": round(prompts / float(np.median(found[side]["seconds"])), 3),
             "seconds": found[side]["seconds"],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from opentao.bestofn import ROUNDING
 from opentao.show import visible
 from opentao.summary import Mean, number
 
@@ -146,6 +147,8 @@ def _y_range(chart: Chart) -> tuple[float, float]:
     ys = [y for s in chart.series for _, y in s.drawn()] + [level.y for level in chart.levels]
     ys += [y for s in chart.series for _, low, high in s.bounded() for y in (low, high)]
     low, high = min(ys), max(ys)
+    if high - low <= ROUNDING * max(abs(low), abs(high)):  # equal numbers that were averaged in different ways
+        low = high
     pad = HEADROOM * (high - low)
     if 0 <= low <= high <= 1:
         return 0.0, high

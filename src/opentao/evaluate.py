@@ -60,7 +60,7 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     """Sample, score and measure `policy`; round 0 is the base itself.
 
     Raises:
-        ScoreError: none of the base's answers has a reward, or none an audit: no policy could be compared with it.
+        ScoreError: none of the answers has a reward, or none an audit: there is nothing to compare.
     """
     plan = heldout_plan(session, policy, base)
     size = plan.group_size
@@ -68,8 +68,7 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     folder, label = f"round-{round_}/eval", "base" if round_ == 0 else f"round {round_}"
     others = [] if policy == base else company(session, base)
     sampled = _scored(session, f"{folder}/groups", policy, plan, f"{label}: held-out", others)
-    if policy == base:
-        require_scores(session, sampled, f"{label}: held-out", with_audit=True)
+    require_scores(session, sampled, f"{label}: held-out", with_audit=True)
     others = others or (sampled if session.relative else [])
     greedy = _scored(session, f"{folder}/greedy", policy, greedy_plan, f"{label}: held-out, greedy", others)
     kl_P = np.zeros(len(sampled)) if policy == base else _kl(session, f"{folder}/kl.json", policy, base, sampled)
@@ -153,8 +152,9 @@ def _selected(rewards: Sequence[Values], audits: Sequence[Values], k: int) -> Va
 
 def _kl(session: Session, name: str, policy: Policy, base: Policy, groups: Sequence[Group]) -> Values:
     """Mean over a prompt's first responses of Σ_t log π(y_t) − log π_base(y_t), in nats per response."""
-    num = session.config.evaluate.kl_responses
-    key = content_hash(policy.hash, base.hash, [[r.id for r in g.responses[:num]] for g in groups])
+    num, temperature = session.config.evaluate.kl_responses, session.config.generate.temperature
+    read = [[g.prompt_tokens_P, *(r.tokens_R for r in g.responses[:num])] for g in groups]
+    key = content_hash(policy.hash, base.hash, temperature, read)
     if not session.run.have(name, key):
         totals = [_sequence_logprobs(session, p, groups, num) for p in (policy, base)]
         values = [float(np.mean(a - b)) if len(a) else None for a, b in zip(*totals, strict=True)]

@@ -24,6 +24,7 @@ __all__ = [
     "BUILT_IN",
     "DEFAULT_MODEL",
     "ensure_chat_template",
+    "hub_commit",
     "load_causal_lm",
     "load_classifier",
     "load_model",
@@ -63,6 +64,19 @@ def resolve_model(name: str, *, progress: Progress | None = None) -> Path | str:
             " and *.safetensors, or a hub name such as org/name"
         )
     return name
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit that a hub name stands for now: of its config, which is fetched if the cache has none.
+
+    Raises:
+        ModelError: the config cannot be had; one line.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    with _as_model_error(name):
+        found: str | None = extract_commit_hash(cached_file(name, "config.json"), None)
+    return found
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """Policies: which weights answer. A `Policy` names them, `LoadedPolicy` holds them in memory.
 
 A policy is the base model, or a folder of a run: full weights (`model.safetensors`) or a LoRA adapter on the base.
-Its hash is the hash of its weights, so responses and stages can say which policy they came from.
+Its hash is that of its weights (the base's: of its tokenizer, template and config, too), so responses and stages can
+say which policy they came from.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opentao import liger
 from opentao.config import TrainConfig
 from opentao.errors import ModelError
-from opentao.models import load_causal_lm, load_tokenizer, resolve_model
+from opentao.models import hub_commit, load_causal_lm, load_tokenizer, resolve_model
 from opentao.packed_linear import FrozenLinear, packs, replace_linear
 from opentao.store import file_hash
 from opentao.types import Message, content_hash
+
+READ_OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer, chat template
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -39,15 +42,22 @@ class Policy:
     base: str  # model name as in the config
     path: Path | None  # folder with this policy's weights; None = the base itself
     kind: Literal["base", "full", "lora"]
-    hash: str  # 16 hex digits of the weights' hash
+    hash: str  # 16 hex digits
     trust_remote_code: bool = False
 
     @classmethod
     def of_base(cls, model: str, *, trust_remote_code: bool = False) -> Policy:
-        """The base model. A hub model's hash is that of its name and revision in the local cache."""
+        """The base model. A hub model's hash is that of its name and of the commit that its config comes from.
+
+        Raises:
+            ModelError: it cannot be resolved; of a hub model, its config cannot be had.
+        """
         where = resolve_model(model)
-        weights = sorted(Path(where).glob("*.safetensors")) if isinstance(where, Path) else []
-        digest = content_hash(str(where) if not weights else [file_hash(w) for w in weights])
+        if isinstance(where, Path):
+            files = sorted(p for p in where.iterdir() if p.suffix in READ_OF_A_MODEL)
+            digest = content_hash([[p.name, file_hash(p)] for p in files])
+        else:
+            digest = content_hash(where, hub_commit(where))
         return cls(base=model, path=None, kind="base", hash=digest, trust_remote_code=trust_remote_code)
 
     @classmethod

@@ -143,7 +143,9 @@ def _reward_curve(run: Summary) -> Picture:
         levels.append(Level(name=f"base best of {base.baked_k}", y=eight.mean, style="base"))
     if after is not None:
         series.append(Series(name=after.name, points=_log2(after.best_of), style="tuned"))
-        levels += _first_try(after, equal_k(base.best_of, after.first_try.mean or math.nan))
+        levels += _first_try(
+            after, equal_k(base.best_of, math.nan if after.first_try.mean is None else after.first_try.mean)
+        )
     chart = _k_chart("Reward of the best of k tries, before and after", series, levels)
     return Picture(heading="Reward", svg=draw(chart), n=base.first_try.n)
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opentao.bestofn import FEWEST
 from opentao.config import Config, PromptsConfig, ScorerConfig, dump_config
 from opentao.errors import ConfigError, StoreError
 from opentao.progress import Progress
-from opentao.prompts import Reading, read_prompts
+from opentao.prompts import Reading, counted, read_prompts
 from opentao.scorers.plugin import source_file
 from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import Gate, is_relative, largest_group
-from opentao.split import Split, near_duplicates, split, split_given
+from opentao.split import Split, clusters, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
 from opentao.types import Engine, Prompt, Scorer, content_hash
 
@@ -41,7 +42,7 @@ class Session:
     train_prompts: list[Prompt]
     heldout: list[Prompt]
     scorers_key: str  # hash of all scorers and of the files they name
-    alike: list[int] | None = None  # of each held-out prompt the cluster of near-duplicates; None: no two are alike
+    alike: list[int] | None = None  # of each held-out prompt the cluster (`split.clusters`); None: no two are in one
     counted: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "tokens": {}})
     """What `spent` has seen of `progress`; shared by rounds."""
 
@@ -55,16 +56,13 @@ class Session:
 
     @property
     def interval_args(self) -> dict[str, Any]:
-        """How intervals over the held-out prompts are made: over what `split_by` names, or clusters of like ones."""
-        settings, entry = self.config.evaluate, self.config.prompts.split_by
-        clusters: Sequence[Any] | None = self.alike
-        if entry is not None:
-            clusters = [json.dumps(p.meta[entry], sort_keys=True) for p in self.heldout]
+        """How intervals over the held-out prompts are made: near-duplicates, and what `split_by` joins, are one."""
+        settings = self.config.evaluate
         return {
             "confidence": settings.confidence,
             "resamples": settings.bootstrap,
             "seed": self.config.seed,
-            "clusters": clusters,
+            "clusters": self.alike,
         }
 
     @property
@@ -119,11 +117,11 @@ def open_session(
         audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
         every = [*config.scorers, *([config.audit] if config.audit else [])]
         _check_group_sizes(config, scorers, audit)
-        alike = _alike(heldout, config.prompts.near_duplicate)
-        if alike and config.prompts.split_by is None and len(set(alike)) < FEW_CLUSTERS:
+        alike = _alike(heldout, config.prompts)
+        if (independent := len(set(alike) if alike else heldout)) < FEW_CLUSTERS:
             progress.note(
-                f"the {len(heldout)} held-out prompts are near-duplicates of each other in {len(set(alike))} clusters:"
-                " intervals over so few say little (prompts.near_duplicate sets what counts as one)"
+                f"the {counted(len(heldout), 'held-out prompt')} are {counted(independent, 'cluster')} of like ones"
+                f" (prompts.near_duplicate, prompts.split_by): intervals over so few say little, below {FEWEST} nothing"
             )
         yield Session(
             run=run,
@@ -145,11 +143,11 @@ def counts(progress: Progress) -> dict[str, dict[str, float]]:
     return {"seconds": dict(progress.seconds), "tokens": dict(progress.tokens)}
 
 
-def _alike(prompts: Sequence[Prompt], threshold: float) -> list[int] | None:
-    clusters = near_duplicates(prompts, threshold)
-    if len(clusters) == len(prompts):
+def _alike(prompts: Sequence[Prompt], config: PromptsConfig) -> list[int] | None:
+    found = clusters(prompts, config)
+    if len(found) == len(prompts):
         return None
-    number = {prompt.id: i for i, cluster in enumerate(clusters) for prompt in cluster}
+    number = {prompt.id: i for i, cluster in enumerate(found) for prompt in cluster}
     return [number[prompt.id] for prompt in prompts]
 
 

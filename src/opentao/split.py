@@ -44,17 +44,17 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
     Raises:
         DataError: fewer than two clusters, or a prompt without the entry that `split_by` names.
     """
-    clusters = sorted(_clusters(prompts, config), key=_place)
-    if len(clusters) < 2:
-        found = f"{counted(len(prompts), 'prompt')} in {counted(len(clusters), 'cluster')}"
+    found = sorted(clusters(prompts, config), key=_place)
+    if len(found) < 2:
+        counts = f"{counted(len(prompts), 'prompt')} in {counted(len(found), 'cluster')}"
         raise DataError(
-            f"{config.path}: {found} of near-duplicates;"
+            f"{config.path}: {counts} of near-duplicates;"
             " expected at least 2, one to train on and one to hold out (prompts.near_duplicate"
             f"{' and prompts.split_by set' if config.split_by else ' sets'} what counts as one)"
         )
-    num_below = sum(_place(cluster) < config.heldout_fraction for cluster in clusters)
-    cut = min(max(num_below, 1), len(clusters) - 1)
-    heldout, train = (_by_id(side) for side in (clusters[:cut], clusters[cut:]))
+    num_below = sum(_place(cluster) < config.heldout_fraction for cluster in found)
+    cut = min(max(num_below, 1), len(found) - 1)
+    heldout, train = (_by_id(side) for side in (found[:cut], found[cut:]))
     return Split(train=train[: config.max_train], heldout=heldout[: config.max_heldout])
 
 
@@ -65,8 +65,8 @@ def split_given(prompts: Sequence[Prompt], heldout: Sequence[Prompt], config: Pr
         DataError: nothing is left to train on, or there is nothing to hold out.
     """
     ids = {p.id for p in heldout}
-    clusters = _clusters([*heldout, *(p for p in prompts if p.id not in ids)], config)
-    train = _by_id([cluster for cluster in clusters if not ids & {p.id for p in cluster}])
+    both = [*heldout, *(p for p in prompts if p.id not in ids)]
+    train = _by_id([cluster for cluster in clusters(both, config) if not ids & {p.id for p in cluster}])
     if not heldout or not train:
         raise DataError(
             f"{config.path}: of {counted(len(prompts), 'prompt')} {len(train)} are unlike all of"
@@ -75,9 +75,14 @@ def split_given(prompts: Sequence[Prompt], heldout: Sequence[Prompt], config: Pr
     return Split(train=train[: config.max_train], heldout=_by_id([heldout])[: config.max_heldout])
 
 
-def _clusters(prompts: Sequence[Prompt], config: PromptsConfig) -> list[list[Prompt]]:
-    clusters = near_duplicates(prompts, config.near_duplicate)
-    return clusters if config.split_by is None else _joined_by(clusters, config.split_by, config.path)
+def clusters(prompts: Sequence[Prompt], config: PromptsConfig) -> list[list[Prompt]]:
+    """Prompts that are not independent of each other: near-duplicates, and those that `split_by` puts together.
+
+    Raises:
+        DataError: a prompt without the entry that `split_by` names.
+    """
+    alike = near_duplicates(prompts, config.near_duplicate)
+    return alike if config.split_by is None else _joined_by(alike, config.split_by, config.path)
 
 
 def _joined_by(clusters: Sequence[list[Prompt]], entry: str, path: str) -> list[list[Prompt]]:
@@ -87,8 +92,8 @@ def _joined_by(clusters: Sequence[list[Prompt]], entry: str, path: str) -> list[
         for prompt in cluster:
             if entry not in prompt.meta:
                 raise DataError(
-                    f"{path}: prompts.split_by: {entry!r} is not in the meta of prompt {prompt.id}, which has"
-                    f" {', '.join(sorted(prompt.meta)) or 'none'}"
+                    f"{path}: prompts.split_by: {entry!r} is not in the meta of the prompt that begins with"
+                    f" {prompt.text[:60]!r}, which has {', '.join(sorted(prompt.meta)) or 'none'}"
                 )
             other = first.setdefault(json.dumps(prompt.meta[entry], sort_keys=True), item)
             parents[_root(parents, item)] = _root(parents, other)
