@@ -11,6 +11,7 @@ from families import in_float64, plain_logprobs, random_model, random_sequences
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from opentao import long_prompt, pack, packed_attention
 from opentao.errors import ModelError
@@ -417,3 +418,16 @@ def test_an_attention_that_is_not_told_of_the_layout_is_an_error() -> None:
     [row] = plan_rows(random_sequences([(4, [3, 5])]), 64)
     with pytest.raises(ModelError, match="nemotron: does not hand arguments to its attention"):
         row_logprobs(model, row)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_turn_with_the_rows_length_are_not_shared(kind: str) -> None:
+    """Another group in the row would change a short group's log-probs."""
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4} if kind == "longrope" else {"factor": 2.0}
+    given = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    given |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+    usual = LlamaForCausalLM(LlamaConfig(**given))
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
+    turning = LlamaForCausalLM(LlamaConfig(**given, rope_parameters=rope))
+    assert shares_prompt(usual, 100)
+    assert not shares_prompt(turning, 100)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHATML, SENTENCES
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -243,6 +244,27 @@ def test_an_encoder_reads_one_conversation_at_a_time(tiny_model_dir: Path, tmp_p
     assert scores == pytest.approx(plain_scores(folder), abs=1e-4)
     assert max(scores) - min(scores) > 1e-3
     assert train(reward_model, toy_rankings(4), lr=1e-3)[-1].loss > 0
+
+
+def test_an_encoder_gets_its_own_special_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Its head reads [CLS], which no chat template of ours writes; and it reads so many tokens and no more."""
+    torch.manual_seed(0)
+    config = BertConfig(**SMALL, num_labels=1, pad_token_id=0, initializer_range=0.3)
+    folder = foreign_folder(tiny_model_dir, tmp_path / "rm", BertForSequenceClassification(config), CHATML)
+    own = AutoTokenizer.from_pretrained(tiny_model_dir)
+    first, last = 3, 4
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", first), ("[SEP]", last)]
+    )
+    own.chat_template = None
+    own.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    reward_model = RewardModel.load(str(folder))
+    sequences = reward_model.encode(MESSAGES, ANSWERS)
+    assert sequences.prompt_P[0] == first
+    assert all(response[-1] == last for response in sequences.responses_NR)
+    with pytest.raises(ModelError, match=rf"has \d+ tokens, the reward model reads {config.max_position_embeddings}"):
+        reward_model.encode(MESSAGES, ["late " * config.max_position_embeddings])
 
 
 def test_what_is_not_a_reward_model(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -534,3 +556,13 @@ def test_row_ends_are_where_scores_are_read(guided: RewardModel) -> None:
     assert isinstance(row, Row)
     assert [row.tokens_T[e] for e in row.ends] == [r[-1] for r in sequences.responses_NR]
     assert len(set(row.ends)) == len(ANSWERS)
+
+
+def test_scores_are_not_rounded_to_bf16(guided: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between 4 and 8 bf16 numbers lie 1/32 apart: answers would tie that are not equally good."""
+    with torch.no_grad():
+        guided.model.score.weight.mul_(100)
+    monkeypatch.setattr("opentao.reward_model.autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+    scores = torch.tensor(one_group(guided))
+    assert scores.abs().max() > 1
+    assert (scores != scores.bfloat16().float()).any()

@@ -164,6 +164,40 @@ class TestCommit:
             run.write_json("a.json", "new", 2)
             assert run.read_json("a.json") == 2
 
+    @pytest.mark.parametrize("moment", ["moved", "renamed", "entered"])
+    def test_killed_while_a_folder_is_replaced(self, tmp_path: Path, moment: str) -> None:
+        """No rename replaces a folder. Whenever the kill comes, the old one or the new one stands, whole."""
+        code = f"""
+            import os, signal, sys
+            from opentao import store
+            moment = {moment!r}
+            def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+            def folder(text):
+                def write(path):
+                    path.mkdir()
+                    (path / "weights").write_text(text)
+                return write
+            with store.Run(sys.argv[1]) as run:
+                run.commit("policy", "old", folder("old"))
+                if moment == "moved":
+                    rename = store.Path.rename
+                    store.Path.rename = lambda self, to: rename(self, to) if self.name == "policy" else die()
+                if moment == "renamed":
+                    store.Run._enter = die
+                if moment == "entered":
+                    enter = store.Run._enter
+                    store.Run._enter = lambda *given: (enter(*given), die())
+                run.commit("policy", "new", folder("new"))
+        """
+        assert python(code, tmp_path).wait() == -signal.SIGKILL
+        stands = "new" if moment == "entered" else "old"
+        with Run(tmp_path) as run:
+            assert run.have("policy", stands)
+            assert (tmp_path / "policy/weights").read_text() == stands
+            assert not list(tmp_path.glob(".policy*"))
+            run.commit("policy", "next", folder_of(weights="next"))
+            assert run.have("policy", "next")
+
     def test_key_is_what_it_was_made_from(self, tmp_path: Path) -> None:
         with Run(tmp_path) as run:
             run.write_json("a.json", "k1", 1)

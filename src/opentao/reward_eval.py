@@ -18,6 +18,7 @@ import numpy as np
 
 from opentao.bestofn import bootstrap, paired_difference, selection_probabilities
 from opentao.canaries import canaries
+from opentao.errors import ModelError
 from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.reward_model import RewardModel
@@ -235,21 +236,36 @@ def other_prompts(
 def canary_shares(
     reward_model: RewardModel, rankings: Sequence[Ranking], scores: Sequence[Sequence[float]], progress: Progress
 ) -> dict[str, Facts]:
-    """Canary -> share of prompts on which it scores at least as high as the best, and as the worst, answer."""
+    """Canary -> share of prompts on which it scores at least as high as the best, and as the worst, answer.
+
+    A canary that is longer than the model reads is left out.
+    """
     chosen = rankings[:CANARY_PROMPTS]
     best = [r.texts[int(np.argmin(r.ranks))] for r in chosen]
-    texts = [canaries(r.prompt.text, good) for r, good in zip(chosen, best, strict=True)]
+    texts = [
+        {name: text for name, text in canaries(r.prompt.text, good).items() if _fits(reward_model, r, text)}
+        for r, good in zip(chosen, best, strict=True)
+    ]
     asked = [_unranked(r.prompt, tuple(t.values()), r.instruction) for r, t in zip(chosen, texts, strict=True)]
     found = score_rankings(reward_model, asked, progress, "score canaries")
+    named = [dict(zip(t, own, strict=True)) for t, own in zip(texts, found, strict=True)]
     shares = {}
-    for k, name in enumerate(canaries("", "xx")):
-        rows = [(own[k], s, r) for own, s, r in zip(found, scores, chosen, strict=False) if k < len(own)]
+    for name in canaries("", "xx"):
+        rows = [(own[name], s, r) for own, s, r in zip(named, scores, chosen, strict=False) if name in own]
         over = {
             which: _over_prompts([(r.prompt.id, float(value >= s[int(pick(r.ranks))])) for value, s, r in rows])
             for which, pick in (("beats_best", np.argmin), ("beats_worst", np.argmax))
         }
         shares[name] = over
     return shares
+
+
+def _fits(reward_model: RewardModel, ranking: Ranking, text: str) -> bool:
+    try:
+        reward_model.encode(ranking.prompt.messages, [text], ranking.instruction)
+    except ModelError:
+        return False
+    return True
 
 
 def _unranked(prompt: Prompt, texts: tuple[str, ...], instruction: str = "") -> Ranking:

@@ -12,6 +12,7 @@ sure it is. All answers to one prompt share one packed row: their longest common
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class RewardModel:
         """The conversations as whole token ids, cut after their longest common prefix.
 
         Raises:
-            ModelError: the model's chat template has no place for the instruction, or refuses the conversation.
+            ModelError: the model's chat template has no place for the instruction, or refuses the conversation, which
+                may also be longer than the model reads.
         """
         if instruction and not self.takes_instructions:
             raise ModelError("the reward model's chat template has no `instruction`: it was not trained with any")
@@ -114,12 +116,25 @@ class RewardModel:
             ]
         except TemplateError as error:
             raise ModelError(f"the reward model's chat template does not take this conversation: {error}") from error
-        ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        # A template writes the beginning token where a decoder wants one; encoders want [CLS] and [SEP].
+        first = self.tokenizer.bos_token
+        special = not self.reads_last_token and not (first and rendered[0].startswith(first))
+        ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=special).input_ids
         if self.reads_last_token:
             ids = [self._as_read(tokens) for tokens in ids]
+        if (longest := max(map(len, ids))) > self.max_tokens:
+            raise ModelError(f"the conversation has {longest} tokens, the reward model reads {self.max_tokens}")
         # Every conversation keeps at least one own token: that is where its score is read.
         shared = min(common_prefix(ids), min(map(len, ids)) - 1)
         return Sequences(prompt_P=tuple(ids[0][:shared]), responses_NR=tuple(tuple(i[shared:]) for i in ids))
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest conversation. Decoders turn positions further than they were trained to; encoders look them up."""
+        if self.reads_last_token:
+            return sys.maxsize
+        limit: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        return min(limit, self.tokenizer.model_max_length)
 
     @property
     def takes_instructions(self) -> bool:
@@ -171,8 +186,9 @@ class RewardModel:
             return self._plain_score(row)
         hidden = hidden_states(self.model, row)
         ends = torch.tensor(row.ends, device=hidden.device)
-        scores: Tensor = classifier.score(hidden[ends])
-        return scores.float() if scores.dtype == torch.bfloat16 else scores
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores between 4 and 8 would be 1/32 apart
+            scores: Tensor = classifier.score(hidden[ends].to(torch.promote_types(hidden.dtype, torch.float32)))
+        return scores
 
     def _plain_score(self, row: Row) -> Tensor:
         """Encoders and other classifiers without a `score` head: their own forward, one conversation a row."""

@@ -104,6 +104,8 @@ class Run:
             if not self.read_only:
                 self._own()
             self._read_manifest()
+            if not self.read_only:
+                self._restore()
         except BaseException:
             self.__exit__()
             raise
@@ -142,6 +144,15 @@ class Run:
                 self._remember(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"{path}:{number}: not a manifest entry: {error}") from error
+
+    def _restore(self) -> None:
+        """A folder whose replacement was not entered before a kill is as it was."""
+        for name in self._entries:
+            if (old := _old(self.root / name)).exists():
+                if not self.have(name):
+                    _remove(self.root / name)
+                    old.rename(self.root / name)
+                _remove(old)
 
     def path(self, name: str) -> Path:
         return self.root / name
@@ -183,11 +194,13 @@ class Run:
         except BaseException:
             _remove(temporary)
             raise
-        if final.is_dir():
-            _remove(final)
+        old = _old(final)
+        if final.is_dir():  # which no rename replaces: until the new one is entered, the old one can be had again
+            final.rename(old)
         temporary.rename(final)
         _fsync(final.parent)
         self._enter({"path": name, "key": key, "sha256": digest})
+        _remove(old)
         self._verified.add(name)
         return final
 
@@ -241,6 +254,11 @@ def _full_disk_as_os_error() -> Iterator[None]:
         if f"(os error {errno.ENOSPC})" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _old(path: Path) -> Path:
+    """Where a folder waits until what replaces it is entered."""
+    return path.with_name(f".{path.name}.old")
 
 
 def _remove(path: Path) -> None:

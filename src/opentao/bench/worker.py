@@ -221,6 +221,8 @@ def reward_train(case: dict[str, Any]) -> Callable[[], int]:
     def step(number: int = len(pairs)) -> int:
         optimiser.zero_grad()
         for row in reward_model.rows(pairs[:number], None):
+            if len(row.owners) % 2:
+                raise ValueError(f"a pair takes more than a row: {pairs[0].num_tokens} tokens")
             with autocast(model):
                 scores = reward_model.row_scores(row)
             losses = [bradley_terry(scores[i : i + 2], [(0, 1)]) for i in range(0, len(scores), 2)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,17 @@ def main(answers: Answers) -> None:
     serve(answers, work, name="transformers", version=transformers.__version__, config=config)
 
 
-def fastest(choices: dict[str, Callable[[], Any]]) -> str:
-    """The choice that takes least time; one that fails (memory, not supported) is no choice."""
+def fastest(choices: dict[str, Callable[[], int]]) -> str:
+    """The choice that takes least time a token of those that it returns; one that fails (memory) is no choice."""
     times = {}
     for name, attempt in choices.items():
         try:
             attempt()
             synchronise()
             start = time.perf_counter()
-            attempt()
+            tokens = attempt()
             synchronise()
-            times[name] = time.perf_counter() - start
+            times[name] = (time.perf_counter() - start) / tokens
         except (RuntimeError, ValueError, NotImplementedError, MemoryError, AttributeError, ImportError) as error:
             log.warning(f"{name}: {error}")
             continue
@@ -63,8 +64,7 @@ def generate(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
     def run(at_once: int, cache: str | None, tokens: int, limit: int | None = None) -> int:
         made = 0
         step = max(1, at_once // case["group_size"])
-        for start in range(0, limit or len(prompts), step):
-            ids = prompts[start : start + step]
+        for ids in prompts[:limit].split(step):
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -85,8 +85,9 @@ def generate(case: dict[str, Any]) -> tuple[Callable[[], int], str]:
         return on_gpu(model, case, run)
     choices = [(n, cache) for n in sorted({sequences, max(case["group_size"], sequences // 4)}) for cache in CACHES]
     names = {f"{n} sequences at once, {cache or 'dynamic'} cache": (n, cache) for n, cache in choices}
-    # A few tokens tell which is fastest; a prompt as long as they are would only be timed twice.
-    best = fastest({name: lambda c=c: run(*c, 4, min(len(prompts), 4)) for name, c in names.items()})
+    # One batch and a quarter of the tokens tell which takes least time a token.
+    tokens = max(4, case["new_tokens"] // 4)
+    best = fastest({name: lambda c=c: run(*c, tokens, max(1, c[0] // case["group_size"])) for name, c in names.items()})
     at_once, cache = names[best]
     return lambda: run(at_once, cache, case["new_tokens"]), f"{case['dtype']}, {best}"
 
@@ -98,8 +99,8 @@ def on_gpu(model: Any, case: dict[str, Any], run: Callable[..., int]) -> tuple[C
     """All at once, as the GPU wants it: `generate`, or transformers' continuous batching with paged attention."""
     new, group_size = case["new_tokens"], case["group_size"]
 
-    def plain() -> int:
-        return run(len(case["prompt_ids"]) * group_size, None, new)
+    def plain(cache: str | None) -> int:
+        return run(len(case["prompt_ids"]) * group_size, cache, new)
 
     def continuous() -> int:
         config = transformers.GenerationConfig(
@@ -122,7 +123,8 @@ def on_gpu(model: Any, case: dict[str, Any], run: Callable[..., int]) -> tuple[C
             raise ValueError(f"continuous batching made {made} tokens")
         return made
 
-    works = {"dynamic cache": plain, "continuous batching": continuous}
+    works: dict[str, Callable[[], int]] = {f"{cache or 'dynamic'} cache": partial(plain, cache) for cache in CACHES}
+    works["continuous batching"] = continuous
     best = fastest(works)
     if best != "continuous batching" and hasattr(model, "destroy_cached_continuous_batching_manager"):
         model.destroy_cached_continuous_batching_manager()  # which holds its share of the memory
