@@ -9,12 +9,15 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from opentao.cli import app
 from opentao.errors import DataError
 from opentao.preferences import Ranking, read_preferences, write_preferences
 from opentao.store import Run, groups_to_table
@@ -399,6 +402,61 @@ def test_a_file_imported_twice_changes_nothing(tmp_path: Path) -> None:
 # --- what there is to judge
 
 
+def test_ids_of_two_files_may_be_alike(choices: Choices) -> None:
+    """Row numbers as ids are common; another choice of the same id is another choice."""
+    files = [
+        [Ranking(prompt=Prompt.from_text(q), texts=("a", "b"), ranks=(1.0, 2.0), annotator=who, facts={"id": "1"})]
+        for q, who in (("one", "ann"), ("two", "ann"), ("one", "bo"))
+    ]
+    assert [import_rankings(choices, file) for file in files] == [1, 1, 1]
+    assert [import_rankings(choices, file) for file in files] == [0, 0, 0]
+    assert len(rankings_of(choices)) == 3
+
+
+def test_a_database_of_others_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "concerts.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE singer (name TEXT)")
+        db.commit()
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="not a file of choices: an SQLite file with other tables"):
+        Choices(path)
+    assert path.read_bytes() == before
+
+
+def test_an_export_does_not_write_over_the_choices(choices: Choices) -> None:
+    import_rankings(choices, [Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0))])
+    choices.close()
+    command = ["label", "export", "--db", str(choices.path), "--out", str(choices.path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and "holds the choices; name another file" in result.stderr
+    assert len(Choices(choices.path).choices()) == 1
+
+
+def test_rows_set_aside_are_said_with_the_reason(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n{"prompt": "x"}\n')
+    command = ["label", "import", "--db", str(tmp_path / "c.sqlite"), "--pairs", str(pairs)]
+    said = CliRunner().invoke(app, command).stdout
+    assert "1 choices added" in said and "1 rows set aside, first: line 2: expected `chosen` and `rejected`" in said
+    [aside] = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["rows_set_aside"]
+    assert aside["line"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (("--kind", "rank", "--reward-model", "rm"), "--reward-model orders pairs, --kind is rank"),
+        (("--annotator", " "), "--annotator: expected a name"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, given: tuple[str, ...], complaint: str) -> None:
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "x", "responses": ["a", "b"]}\n')
+    result = CliRunner().invoke(app, ["label", "start", str(rows), "--db", str(tmp_path / "c.sqlite"), *given])
+    assert result.exit_code == 2 and complaint in result.stderr
+    assert not (tmp_path / "c.sqlite").exists()
+
+
 def test_half_an_emoji_is_an_error_with_its_line(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"prompt": "x", "responses": ["a", "b"]}\n{"prompt": "x", "responses": ["\\ud83d", "b"]}\n')
@@ -420,13 +478,15 @@ def test_held_out_prompts_are_not_shown(tmp_path: Path) -> None:
         run.write_table("round-1/groups/00000.parquet", "key", groups("first"))
         run.write_table("round-2/groups/00000.parquet", "key", groups("second"))
         run.write_table("round-2/eval/groups/00000.parquet", "key", groups("held out"))
-    assert [i.messages[-1]["content"] for i in read_items(tmp_path / "run")] == ["second", "first"]
+    assert [i.messages[-1]["content"] for i in read_items(tmp_path / "run")[0]] == ["second", "first"]
 
 
 def test_items_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "x", "responses": ["a", "b", "a"]}\n{"prompt": "y", "responses": ["a", "a"]}\n')
-    assert [i.responses for i in read_items(path)] == [("a", "b")]
+    items, without = read_items(path)
+    assert [i.responses for i in items] == [("a", "b")]
+    assert without == 1
     for bad, reason in (
         ('{"prompt": "x"}', "rows.jsonl:1: responses: expected a list of texts"),
         ('{"responses": ["a", "b"]}', "rows.jsonl:1: expected `prompt`"),

@@ -290,6 +290,9 @@ class TestForPeople:
     def test_import(self, tao: Tao, tmp_path: Path) -> None:
         (tmp_path / "log.csv").write_text("prompt\nWhere is it?\n")
         assert tao("import", "log.csv").out == "1 row of CSV, prompts from key `prompt`\n1 prompts -> prompts.jsonl\n"
+        (tmp_path / "x.set_aside.jsonl").write_text('{"prompt": "kept"}\n{"prompt": 1}\n')
+        assert "x.set_aside.jsonl: exists already" in tao("import", "x.set_aside.jsonl", "--out", "x.jsonl").complaint
+        assert (tmp_path / "x.set_aside.jsonl").exists() and not (tmp_path / "x.jsonl").exists()
         before = (tmp_path / "prompts.jsonl").read_bytes()
         for source in ("log.csv", "prompts.jsonl"):
             result = tao("import", source)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opentao.config import Config, dump_config, load_config
+from opentao.config import Config, EvaluateConfig, GenerateConfig, dump_config, load_config
 from opentao.errors import ConfigError
+from opentao.scorers.registry import build_scorer
 
 GOOD = """\
 model: tiny
@@ -116,6 +117,62 @@ def test_a_key_given_twice_is_an_error(config_file: Path, text: str, expected: s
     assert expected in complaint(config_file, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "tao.yaml:1: expected keys and values, got nothing"),
+        ("# nothing yet\n", "tao.yaml:1: expected keys and values, got nothing"),
+        (
+            GOOD.replace("prompts:\n  path: prompts.jsonl", "prompts: p.jsonl"),
+            "tao.yaml:2: prompts: expected a section",
+        ),
+        (GOOD.replace("prompts:\n  path: prompts.jsonl", "prompts:"), "keys and values, got nothing"),
+        (GOOD + "a: &a [*a]\n", "tao.yaml: nested too deeply, or an alias that holds itself"),
+        (GOOD + "generate: {stop: [END, '']}\n", "tao.yaml:13: generate.stop: an empty text stands in every answer"),
+        (GOOD + "generate: {temperature: .inf}\n", "generate.temperature: Input should be a finite number, got inf"),
+        (GOOD + "  learning_rate: .nan\n", "train.learning_rate: Input should be a finite number, got nan"),
+        (
+            GOOD + "generate: {group_size: 2, strategies: [{name: a}, {name: b}, {name: c}]}\n",
+            "generate: strategies: 3 for 2 responses: each needs one",
+        ),
+        (
+            GOOD + "generate: {strategies: [{name: a, examples: [{role: usr, content: x}]}]}\n",
+            "generate.strategies.0.examples: expected turns {role: user or assistant, content: text}, got {'role'",
+        ),
+        (
+            GOOD + "generate: {strategies: [{name: a, replace: {'': y}}]}\n",
+            "generate.strategies.0.replace: expected the text to replace, got an empty one",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(config_file: Path, text: str, expected: str) -> None:
+    assert expected in complaint(config_file, text)
+
+
+def test_a_section_without_a_key_is_the_default(config_file: Path) -> None:
+    """`tao init` writes every key; with all of a section's commented out, YAML says null."""
+    config_file.write_text(GOOD + "generate:\n  # group_size: 8\nevaluate:\n")
+    config = load_config(config_file)
+    assert (config.generate, config.evaluate) == (GenerateConfig(), EvaluateConfig())
+
+
+def test_a_section_that_is_off_can_be_set(config_file: Path) -> None:
+    config_file.write_text(GOOD + "later_rounds: null\n")
+    config = load_config(config_file, ["later_rounds.train.epochs=1", "audit.type=contains", "audit.args.strings=[a]"])
+    assert config.of_round(2).train.epochs == 1
+    assert config.audit is not None and config.audit.args == {"strings": ["a"]}
+
+
+def test_what_a_scorer_does_not_take_is_said_with_its_place(config_file: Path) -> None:
+    config_file.write_text(GOOD.replace("{max: 20}", "{mxa: 20}") + "audit: {type: lenght}\n")
+    config = load_config(config_file)
+    assert config.audit is not None
+    with pytest.raises(ConfigError, match=r"tao\.yaml:5: scorers\.0: scorer length: .*mxa.*; expected args: "):
+        build_scorer(config.scorers[0])
+    with pytest.raises(ConfigError, match=r"tao\.yaml:13: audit: scorer lenght: unknown type; expected one of: "):
+        build_scorer(config.audit)
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")
@@ -145,8 +202,13 @@ class TestSet:
         ("override", "expected"),
         [
             ("train.epochs", "--set train.epochs: expected KEY=VALUE, e.g. train.epochs=2"),
-            ("train.epoch=2", "tao.yaml:10: train.epoch: unknown key"),
-            ("train.epochs=two", "tao.yaml:12: train.epochs: Input should be a valid integer"),
+            ("train.epoch=2", "--set train.epoch=2: train.epoch: unknown key"),
+            ("train.epochs=two", "--set train.epochs=two: train.epochs: Input should be a valid integer"),
+            ("audit.type=", "--set audit.type=: audit.type: Input should be a valid string, got None"),
+            (
+                "generate.strategies.0.name=x",
+                "--set generate.strategies.0.name=x: generate.strategies: Input should be",
+            ),
             ("model.name=x", "--set model.name=x: model is not a section"),
             ("scorers.7.weight=1", "--set scorers.7.weight=1: 7: expected an item of the list, 0 to 1"),
             ("scorers.first=1", "--set scorers.first=1: first: expected an item of the list, 0 to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tiny import WORDS, tiny_config, write_prompts
 from opentao import loop
 from opentao.config import Config
 from opentao.engines.fake import FakeEngine
-from opentao.errors import ScoreError, StoreError
+from opentao.errors import DataError, ModelError, ScoreError, StoreError
 from opentao.objectives import OBJECTIVES, Objective
 from opentao.progress import Progress
 from opentao.session import open_session
@@ -266,6 +267,24 @@ class TestResume:
             sys.modules.pop("own_checks", None)
             rates.append(go(tmp_path / "run", tree | {"scorers": [scorer]}).summary["base"]["first_try"]["mean"])
         assert rates == [0.25, 0.75]
+
+    def test_a_mistake_in_the_first_config_needs_no_other_directory(self, tree: Tree, tmp_path: Path) -> None:
+        for wrong in ({"path": str(tmp_path / "absent.jsonl")}, {"split_by": "nobody"}):
+            with pytest.raises(DataError):
+                go(tmp_path / "run", tree | {"prompts": tree["prompts"] | wrong})
+        with pytest.raises(ModelError):
+            go(tmp_path / "run", tree | {"model": str(tmp_path / "absent")})
+        assert go(tmp_path / "run", tree).summary["rounds"]
+
+    def test_another_chat_template_samples_again(self, tree: Tree, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(tree["model"], model)
+        tree |= {"model": str(model)}
+        name = "round-0/eval/groups/00000.parquet"
+        before = go(tmp_path / "run", tree).files()[name]
+        template = model / "chat_template.jinja"
+        template.write_text(template.read_text().replace("assistant", "agent"))
+        assert go(tmp_path / "run", tree).files()[name] != before
 
     def test_another_task_is_refused(self, tree: Tree, tmp_path: Path) -> None:
         go(tmp_path / "run", tree)

@@ -92,7 +92,11 @@ def test_parquet(tmp_path: Path) -> None:
     assert [r.texts for r in found.rankings] == [("4", "5"), ("a", "b")]
     assert found.rankings[1].pairs == [(1, 0)]
     assert found.set_aside == [
-        {"file": str(path), "line": 2, "reason": "rejected: expected text, or messages whose last turn is the answer"}
+        {
+            "file": str(path),
+            "line": 2,
+            "reason": "rejected: expected text, or messages whose last turn is the assistant's answer",
+        }
     ]
 
 
@@ -116,14 +120,14 @@ def test_windows_line_ends_a_mark_and_blank_lines(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- bad rows
 
 NO_PROMPT = "expected `prompt` (text) or `messages` (chat)"
-BAD_MESSAGES = "messages: expected a list of {role, content}"
+BAD_MESSAGES = "messages: expected a list of {role, content}, role one of system, user, assistant, tool"
 NO_ANSWERS = "expected `chosen` and `rejected`, or `responses` (a list of texts) and `ranks`"
 BAD_RANKS = "ranks: expected a list of numbers, 1 = best"
 UNICODE = "not valid Unicode: the file must be UTF-8, without lone surrogates"
 
 
 def answer(key: str) -> str:
-    return f"{key}: expected text, or messages whose last turn is the answer"
+    return f"{key}: expected text, or messages whose last turn is the assistant's answer"
 
 
 def ranked(responses: Any, ranks: Any) -> dict[str, Any]:
@@ -151,6 +155,12 @@ def ranked(responses: Any, ranks: Any) -> dict[str, Any]:
             GOOD | {"messages": [*CHAT, {"role": "assistant", "content": "4"}]},
             "messages: the last turn is the assistant's; expected the turns before the answer",
         ),
+        (GOOD | {"messages": [{"role": "alien", "content": "x"}]}, BAD_MESSAGES),
+        (GOOD | {"messages": [{"role": "system", "content": "x"}]}, "messages: no user turn to answer"),
+        (GOOD | {"chosen": [*CHAT, {"role": "user", "content": "4"}]}, answer("chosen")),
+        (ranked(["a", "b"], [True, False]), BAD_RANKS),
+        (GOOD | {"id": [1]}, "id: expected text or a number, got list"),
+        (GOOD | {"order": ["0", "1"]}, "order: expected a list of whole numbers, got ['0', '1']"),
         ({"prompt": "x", "chosen": "a"}, answer("rejected")),
         ({"prompt": "x", "rejected": "a"}, answer("chosen")),
         (GOOD | {"chosen": 3}, answer("chosen")),

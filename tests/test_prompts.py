@@ -148,6 +148,31 @@ def test_an_unclosed_quote_takes_one_row_with_it(tmp_path: Path) -> None:
         assert [s.line for s in reading.set_aside] == [2]
 
 
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "p.csv", ["prompt", "answer", "answer"], [["x", "the first", "the second"]])
+    with pytest.raises(DataError, match="line 1: two columns are called 'answer'"):
+        read_prompts(path)
+
+
+def test_a_key_given_twice_is_set_aside(tmp_path: Path) -> None:
+    (path := tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a", "prompt": "b"}\n{"prompt": "c", "meta": {"k": 1, "k": 2}}\n{"prompt": "d"}\n'
+    )
+    reading = read_prompts(path)
+    assert [p.text for p in reading.prompts] == ["d"]
+    reasons = [a.reason for a in reading.set_aside]
+    assert reasons == [f"key {key!r} is given twice in the row" for key in ("prompt", "k")]
+
+
+def test_meta_of_a_log_entry_and_of_its_request(tmp_path: Path) -> None:
+    row = {
+        "request": {"messages": [{"role": "user", "content": "x"}], "meta": {"a": 1, "c": 1}},
+        "meta": {"b": 2, "c": 2},
+    }
+    (path := tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert read_prompts(path).prompts[0].meta == {"a": 1, "b": 2, "c": 1}
+
+
 def test_csv_takes_long_documents(tmp_path: Path) -> None:
     text = "word " * 60_000
     assert read_prompts(write_csv(tmp_path / "p.csv", ["prompt"], [[text]])).prompts[0].text == text

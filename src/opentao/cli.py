@@ -161,7 +161,8 @@ def import_command(
         raise DataError(f"{out}: exists already and is not overwritten; name another file with --out")
     reading = read_prompts(source)
     aside = out.with_suffix(".set_aside.jsonl")
-    aside.unlink(missing_ok=True)  # of an earlier file of that name
+    if reading.set_aside and aside.exists():
+        raise DataError(f"{aside}: exists already and is not overwritten; name another file with --out")
     if reading.set_aside:
         _write_lines(aside, [row.as_dict() for row in reading.set_aside])
     _write_lines(out, [_prompt_line(p) for p in reading.prompts])
@@ -293,7 +294,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="Run director
 @guarded
 def show(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, or a folder of groups inside one.")],
-    limit: Annotated[int, typer.Option(help="How many groups.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="How many groups.")] = 5,
 ) -> None:
     """Print groups for a person: prompt, responses ranked by reward, scores."""
     from opentao.show import show_groups

@@ -30,7 +30,7 @@ def label_start(
         list[str] | None, typer.Option(help="Who judges; repeat it for several. Default: you.")
     ] = None,
     reward_model: Annotated[
-        str | None, typer.Option(help="Ensemble of reward models: the pairs it disagrees on come first.")
+        str | None, typer.Option(help="Ensemble of reward models: pairs it disagrees on come first (--kind pair).")
     ] = None,
     repeats: Annotated[float, typer.Option(min=0, max=0.5, help="Share of tasks that repeat an earlier one.")] = 0.1,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of tasks that everybody is given.")] = 0.3,
@@ -45,13 +45,18 @@ def label_start(
     from opentao.web.items import read_items
     from opentao.web.next_task import Plan
 
-    items = read_items(source)
+    if reward_model and kind != "pair":
+        raise ConfigError(f"--reward-model orders pairs, --kind is {kind}")
+    if any(not name.strip() for name in annotator or ()):
+        raise ConfigError("--annotator: expected a name")
+    items, without = read_items(source)
     choices = Choices(db)
     new = choices.add_items(items)
-    information = _information(reward_model, choices.items()) if reward_model and kind == "pair" else {}
+    information = _information(reward_model, choices.items()) if reward_model else {}
     plan = Plan(kind=kind, repeats=repeats, overlap=overlap, seed=seed, information=information)
     tokens = {name: choices.add_annotator(name) for name in annotator or [getpass.getuser()]}
-    print(f"{len(items)} prompts with answers to judge, {new} of them new; choices are kept in {db}")
+    aside = f" ({without} without two different answers left out)" if without else ""
+    print(f"{len(items)} prompts with answers to judge{aside}, {new} of them new; choices are kept in {db}")
     _serve(choices, plan, tokens, host, port)
 
 
@@ -114,6 +119,8 @@ def label_export(
     from opentao.web.choices import Choices
     from opentao.web.preference_rows import rankings_of
 
+    if out.exists() and out.samefile(_existing(db)):
+        raise DataError(f"{out}: holds the choices; name another file with --out")
     choices = Choices(_existing(db))
     rankings = rankings_of(choices)
     if not rankings:
@@ -152,7 +159,8 @@ def label_import(
     lost = sum(bool(r.instruction or r.subset or r.margin != 1.0) for r in found.rankings)
     facts = {"added": added, "read": len(found.rankings), "set_aside": len(found.set_aside), "incomplete": lost}
     without = f"; instruction, margin and subset of {lost} rows have no place there" if lost else ""
-    emit(facts, as_json, f"{added} choices added to {db}, {len(found.set_aside)} rows set aside{without}")
+    facts["rows_set_aside"] = found.set_aside
+    emit(facts, as_json, f"{added} choices added to {db}, {found.said_aside}{without}")
 
 
 def _existing(db: Path) -> Path:

@@ -74,8 +74,7 @@ def reward_train(
     )
     with Progress() as progress:
         if found.set_aside:
-            first = found.set_aside[0]
-            progress.note(f"{len(found.set_aside)} rows set aside, first: line {first['line']}: {first['reason']}")
+            progress.note(found.said_aside)
         facts = train_to_folder(model, found.rankings, settings, out, progress)
     emit(facts | {"set_aside": len(found.set_aside)}, as_json, f"{facts['rankings']} rankings -> {out}")
 
@@ -104,6 +103,8 @@ def reward_eval(
     truths = read_truths(truth) if truth else []
     prepare_process()
     with Progress() as progress:
+        if found.set_aside:
+            progress.note(found.said_aside)
         facts = evaluate_reward_model(RewardModel.load(model).for_scoring(), found.rankings, progress, truths)
     facts["set_aside"] = len(found.set_aside)
     text = headline(facts)
@@ -127,6 +128,7 @@ def reward_calibrate(
     from opentao.reward_scale import calibrate_scorer
     from opentao.scorers.registry import build_scorer
     from opentao.scorers.run import is_relative
+    from opentao.store import write_whole
 
     config = load_scorer(scorer)
     found = read_preferences(pairs)
@@ -138,11 +140,13 @@ def reward_calibrate(
             " calibrate one that judges each answer alone (a judge with `mode: pointwise`)"
         )
     with Progress() as progress:
+        if found.set_aside:
+            progress.note(found.said_aside)
         facts = calibrate_scorer(built, found.rankings, progress)
     facts |= {"set_aside": len(found.set_aside), "scorer": config.model_dump(mode="json", exclude_defaults=True)}
     if facts["scale"] is None:
         raise DataError(f"{pairs}: no two compared answers have a score: {facts['unscored'] or 'nothing was compared'}")
-    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(out, json.dumps(facts, indent=1) + "\n")
     loss = facts["log_loss"] if facts["log_loss"] is not None else facts["log_loss_uncalibrated"]
     unscored = f"; {sum(facts['unscored'].values())} answers unscored" if facts["unscored"] else ""
     text = f"scale {facts['scale']:.4g} from {facts['pairs']} comparisons, {loss:.3f} nats each (a coin's: 0.693)"

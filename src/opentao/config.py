@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from opentao.errors import ConfigError
 from opentao.types import RolloutDtype, SamplingPlan, Strategy, content_hash
-from opentao.yaml_tree import apply_override, line_of, read_yaml
+from opentao.yaml_tree import apply_override, line_of, mistake, read_yaml
 
 IDENTITY = {"reward_model": ("model",), "python": ("function",), "judge": ("url", "model")}  # args that say who judges
 
@@ -32,9 +32,17 @@ ROW_TOKENS, GPU_ROW_TOKENS = 2048, 8192
 
 
 class Node(BaseModel):
-    """A piece of the tree: immutable, unknown keys are errors."""
+    """A piece of the tree: immutable, unknown keys are errors; a section without any key is the default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_sections(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Node)}
+        return {key: value for key, value in tree.items() if not (value is None and key in sections)}
 
 
 class StrategyConfig(Node):
@@ -52,6 +60,21 @@ class StrategyConfig(Node):
     def _has_prompt(cls, value: str | None) -> str | None:
         if value is not None and "{prompt}" not in value:
             raise ValueError("must contain {prompt}")
+        return value
+
+    @field_validator("examples")
+    @classmethod
+    def _are_turns(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for turn in value:
+            if turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str):
+                raise ValueError(f"expected turns {{role: user or assistant, content: text}}, got {turn!r:.80}")
+        return value
+
+    @field_validator("replace")
+    @classmethod
+    def _says_what(cls, value: dict[str, str]) -> dict[str, str]:
+        if "" in value:
+            raise ValueError("expected the text to replace, got an empty one")
         return value
 
     def build(self) -> Strategy:
@@ -99,6 +122,19 @@ class GenerateConfig(Node):
     )
     rollout_dtype: RolloutDtype = Field("auto", description="of the sampler's weights in a round; int8: rounded")
 
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_text(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty text stands in every answer")
+        return value
+
+    @model_validator(mode="after")
+    def _every_strategy_is_asked(self) -> GenerateConfig:
+        if len(self.strategies) > self.group_size:
+            raise ValueError(f"strategies: {len(self.strategies)} for {self.group_size} responses: each needs one")
+        return self
+
     @field_validator("strategies")
     @classmethod
     def _names_differ(cls, value: list[StrategyConfig]) -> list[StrategyConfig]:
@@ -124,8 +160,8 @@ class GenerateConfig(Node):
 class GateConfig(Node):
     """A hard rule: a response whose score is below `at_least` has a reward of at most `cap`."""
 
-    at_least: float = Field(allow_inf_nan=False)
-    cap: float = Field(0.0, allow_inf_nan=False)
+    at_least: float
+    cap: float = 0.0
 
 
 class ScorerConfig(Node):
@@ -133,10 +169,21 @@ class ScorerConfig(Node):
 
     type: str
     name: str | None = Field(None, description="how its scores are called; defaults to the type")
-    weight: float = Field(1.0, allow_inf_nan=False, description="its share in the reward")
+    weight: float = Field(1.0, description="its share in the reward")
     gate: GateConfig | None = Field(None, description="a hard rule on its score; its weight may then be 0")
     calibration: str | None = Field(None, description="file of `tao reward calibrate`: its scale multiplies the scores")
     args: dict[str, Any] = Field({}, description="passed to the scorer")
+
+    _place: str = PrivateAttr("")
+
+    def __eq__(self, other: object) -> bool:
+        """Wherever it was read from."""
+        return isinstance(other, ScorerConfig) and self.model_dump() == other.model_dump()
+
+    @property
+    def place(self) -> str:
+        """File, line and key, ``tao.yaml:12: scorers.0: ``, of one that was read from a file; else nothing."""
+        return self._place
 
     @property
     def label(self) -> str:
@@ -209,7 +256,7 @@ class EvaluateConfig(Node):
     group_size: int = Field(4, ge=1, description="responses per prompt for a tuned policy")
     kl_responses: int = Field(2, ge=1, description="responses per prompt whose KL from the base is measured")
     solved_at: float | None = Field(
-        None, allow_inf_nan=False, description="reward from which an answer counts as solved; default: full marks"
+        None, description="reward from which an answer counts as solved; default: full marks"
     )
     bootstrap: int = Field(2000, ge=100, description="resamples of the prompts behind every interval")
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -266,7 +313,7 @@ class Config(Node):
         try:
             later = self.of_round(2).train
         except ValidationError as error:
-            loc, message = _mistake(error, Config)
+            loc, message = mistake(error, Config)
             raise ValueError(f"later_rounds.{'.'.join(loc)}: {message}") from None
         if self.later_rounds and "batch_responses" in self.later_rounds.generate:
             raise ValueError("later_rounds.generate: `batch_responses` is that of `generate`: one engine samples all")
@@ -300,7 +347,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree, root = read_yaml(path)
     for override in overrides:
         apply_override(tree, override)
-    return _validated(Config, tree, path, root)
+    config = _validated(Config, tree, path, root, overrides)
+    named = [*((["scorers", str(i)], s) for i, s in enumerate(config.scorers)), (["audit"], config.audit)]
+    for loc, scorer in named:
+        if scorer is not None:
+            scorer._place = f"{path}:{line_of(root, loc)}: {'.'.join(loc)}: "
+    return config
 
 
 def load_scorer(path: Path) -> ScorerConfig:
@@ -312,45 +364,18 @@ def load_scorer(path: Path) -> ScorerConfig:
 Tree = TypeVar("Tree", bound=Node)
 
 
-def _validated(model: type[Tree], tree: dict[str, Any], path: Path, root: yaml.Node | None) -> Tree:
+def _validated(
+    model: type[Tree], tree: dict[str, Any], path: Path, root: yaml.Node | None, overrides: Sequence[str] = ()
+) -> Tree:
+    """Raises ConfigError: one line with the place in the file, or the override that put the mistake there."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), root, model)) from error
-
-
-def _explain(error: ValidationError, path: str, root: yaml.Node | None, model: type[Node]) -> str:
-    """One line with the place in the file."""
-    loc, message = _mistake(error, model)
-    return f"{path}:{line_of(root, loc)}: {'.'.join(loc) or 'config'}: {message}"
-
-
-def _mistake(error: ValidationError, model: type[Node]) -> tuple[list[str], str]:
-    """Where the first mistake is, and what it is, with the number of the others."""
-    first, *rest = error.errors(include_url=False)
-    loc = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
-    if not loc and ": " in message:  # a check over several keys: its message starts with one of them
-        key, _, message = message.partition(": ")
-        loc = key.split(".")
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key; expected one of: {', '.join(_known_keys(model, loc[:-1]))}"
-    elif first["type"] == "missing":
-        message = "is required"
-    elif "input" in first and not isinstance(first["input"], dict | list):
-        message += f", got {first['input']!r}"
-    return loc, message + (f" (and {len(rest)} more)" if rest else "")
-
-
-def _known_keys(root: type[Node], loc: Sequence[str]) -> list[str]:
-    model: Any = root
-    for part in loc:
-        if part.isdigit():
-            continue
-        field = model.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), root)
-    return list(model.model_fields)
+        loc, message = mistake(error, model)
+    keys = {override: override.partition("=")[0].split(".") for override in overrides}
+    by = [override for override, key in keys.items() if loc and all(a == b for a, b in zip(loc, key, strict=False))]
+    place = f"--set {by[-1]}" if by else f"{path}:{line_of(root, loc)}"
+    raise ConfigError(f"{place}: {'.'.join(loc) or 'config'}: {message}")
 
 
 def dump_config(config: Config) -> str:

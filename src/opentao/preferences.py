@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opentao.errors import DataError
-from opentao.prompts import rows_of
+from opentao.prompts import ROLES, rows_of
+from opentao.store import write_whole
 from opentao.types import Message, Prompt
 
 CARRIED = ("time", "order", "id", "both_bad", "repeat", "policy")  # facts that `tao label` writes and training leaves
@@ -61,6 +62,12 @@ class Preferences:
     rankings: list[Ranking]
     set_aside: list[dict[str, Any]]  # file, line, reason
 
+    @property
+    def said_aside(self) -> str:
+        """How many rows were set aside, and why the first one."""
+        first = f", first: line {self.set_aside[0]['line']}: {self.set_aside[0]['reason']}" if self.set_aside else ""
+        return f"{len(self.set_aside)} rows set aside{first}"
+
 
 def read_preferences(path: Path) -> Preferences:
     """Raises DataError if the file cannot be read or holds no usable row."""
@@ -78,10 +85,8 @@ def read_preferences(path: Path) -> Preferences:
 
 
 def write_preferences(path: Path, rankings: Sequence[Ranking]) -> None:
-    """One JSON line a ranking, in the `responses` and `ranks` form."""
-    with path.open("w", encoding="utf-8") as file:
-        for r in rankings:
-            file.write(json.dumps(ranking_row(r), ensure_ascii=False) + "\n")
+    """One JSON line a ranking, in the `responses` and `ranks` form. The file is written whole or not at all."""
+    write_whole(path, "".join(json.dumps(ranking_row(r), ensure_ascii=False) + "\n" for r in rankings))
 
 
 def ranking_row(r: Ranking) -> dict[str, Any]:
@@ -162,6 +167,11 @@ def _extras(row: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}: expected text, got {type(text).__name__}")
             found[name] = text
     facts = {name: row[name] for name in CARRIED if row.get(name) is not None}
+    if isinstance(facts.get("id"), bool) or not isinstance(facts.get("id", ""), str | int | float):
+        raise ValueError(f"id: expected text or a number, got {type(facts['id']).__name__}")
+    order = facts.get("order", [])
+    if not (isinstance(order, list) and all(type(place) is int for place in order)):
+        raise ValueError(f"order: expected a list of whole numbers, got {order!r:.60}")
     return found | ({"facts": facts} if facts else {})
 
 
@@ -169,7 +179,9 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
     if row.get("messages"):
         messages = row["messages"]
         if not (isinstance(messages, list) and all(map(_is_turn, messages))):
-            raise ValueError("messages: expected a list of {role, content}")
+            raise ValueError(f"messages: expected a list of {{role, content}}, role one of {', '.join(ROLES)}")
+        if not any(m["role"] == "user" for m in messages):
+            raise ValueError("messages: no user turn to answer")
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages: the last turn is the assistant's; expected the turns before the answer")
         return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -179,7 +191,7 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
 
 
 def is_unicode(texts: Sequence[str]) -> bool:
@@ -188,18 +200,22 @@ def is_unicode(texts: Sequence[str]) -> bool:
 
 def _answer(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
         value = value[-1].get("content")
     if not isinstance(value, str):
-        raise ValueError(f"{key}: expected text, or messages whose last turn is the answer")
+        raise ValueError(f"{key}: expected text, or messages whose last turn is the assistant's answer")
     return value
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ranked(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
     texts, ranks = row.get("responses"), row.get("ranks")
     if not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
         raise ValueError("expected `chosen` and `rejected`, or `responses` (a list of texts) and `ranks`")
-    if not (isinstance(ranks, list) and all(isinstance(r, int | float) and math.isfinite(r) for r in ranks)):
+    if not (isinstance(ranks, list) and all(map(_is_rank, ranks))):
         raise ValueError("ranks: expected a list of numbers, 1 = best")
     if len(ranks) != len(texts) or len(texts) < 2:
         raise ValueError(f"ranks: expected one number for each of at least 2 responses, got {len(ranks)}")

@@ -167,6 +167,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         lines = list(file)
     reader, before = csv.reader(lines, strict=True), 0  # lines before those that the reader was given
     header = [name.strip() for name in next(reader, [])]
+    if repeated := [name for name, times in Counter(header).items() if times > 1]:
+        raise csv.Error(f"line 1: two columns are called {repeated[0]!r}")
     while True:
         line = before + reader.line_num + 1
         try:
@@ -248,13 +250,24 @@ def _object(row: object) -> dict[str, Any]:
 
 def _from_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, what))
+    except _BadRow:
+        raise
     except json.JSONDecodeError as error:
         raise _BadRow(f"invalid JSON in {what}: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:  # a number with thousands of digits
         raise _BadRow(f"invalid JSON in {what}: {error}") from None
     except RecursionError:
         raise _BadRow(f"invalid JSON in {what}: nested too deeply") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    """JSON readers keep the last of equal keys, and whatever stood under the first would be gone without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise _BadRow(f"key {key!r} is given twice in {what}")
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -277,7 +290,10 @@ def _unwrap(row: dict[str, Any]) -> tuple[dict[str, Any], str]:
                 inner = _plain(_from_json(inner, f"`{key}`"))
             if isinstance(inner, dict):
                 fields, wrapper = _unwrap(inner)
-                return {k: v for k, v in row.items() if k != key} | fields, f"{key}.{wrapper}"
+                outer = {k: v for k, v in row.items() if k != key}
+                if isinstance(outer.get("meta"), dict) and isinstance(fields.get("meta"), dict):
+                    fields = fields | {"meta": outer["meta"] | fields["meta"]}
+                return outer | fields, f"{key}.{wrapper}"
     return row, ""
 
 

@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 
 FEW_CLUSTERS = 10  # of held-out prompts; fewer are said
 STAGES = ("generate", "score", "train", "evaluate")
+IMPORTED = ("prompts/train.parquet", "prompts/heldout.parquet", "set_aside.jsonl", "import.json")
 AUDIT = "audit"  # the audit's label in score files, whatever its own name
 
 
@@ -110,13 +111,13 @@ def open_session(
         DataError, ConfigError: bad prompts or scorers.
         StoreError: the directory is in use, or holds the run of another config.
     """
+    scorers = [build_scorer(s) for s in config.scorers]
+    audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
+    every = [*config.scorers, *([config.audit] if config.audit else [])]
+    _check_group_sizes(config, scorers, audit)
     with Run(directory) as run:
         _same_config(run, config)
         train, heldout = _import_prompts(run, config, progress)
-        scorers = [build_scorer(s) for s in config.scorers]
-        audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
-        every = [*config.scorers, *([config.audit] if config.audit else [])]
-        _check_group_sizes(config, scorers, audit)
         alike = _alike(heldout, config.prompts)
         if (independent := len(set(alike) if alike else heldout)) < FEW_CLUSTERS:
             progress.note(
@@ -171,12 +172,20 @@ def _default_engine(config: Config) -> Engine:
 
 
 def _same_config(run: Run, config: Config) -> None:
-    """A run directory belongs to one task: model and prompts may not change under it; other settings remake stages."""
+    """A run directory belongs to one task: model and prompts may not change under it; other settings remake stages.
+
+    Where nothing was sampled yet, they may: a mistake in the first config is no reason for another directory.
+    """
     text = dump_config(config)
     path = run.path("config.yaml")
     identity = content_hash(config.model, config.prompts.model_dump(mode="json"))
     if run.have("identity.json") and run.read_json("identity.json") != identity:
-        raise StoreError(f"{run.root}: holds a run of another model or other prompts ({path}); use another directory")
+        if run.names("round-"):
+            raise StoreError(
+                f"{run.root}: holds a run of another model or other prompts ({path}); use another directory"
+            )
+        for name in IMPORTED:
+            run.discard(name)
     run.write_json("identity.json", identity, identity)
     run.commit("config.yaml", content_hash(text), lambda p: _write(p, text))
 
@@ -187,7 +196,7 @@ def _write(path: Path, text: str) -> None:
 
 def _import_prompts(run: Run, config: Config, progress: Progress) -> tuple[list[Prompt], list[Prompt]]:
     """Read and split once; later starts use what the run directory holds, so the user's file may grow meanwhile."""
-    names = ("prompts/train.parquet", "prompts/heldout.parquet", "set_aside.jsonl", "import.json")
+    names = IMPORTED
     if not all(run.have(name) for name in names):
         with progress.stage("import", total=1, unit="files") as step:
             readings, sides = _read_and_split(config.prompts)

@@ -82,7 +82,8 @@ def clusters(prompts: Sequence[Prompt], config: PromptsConfig) -> list[list[Prom
         DataError: a prompt without the entry that `split_by` names.
     """
     alike = near_duplicates(prompts, config.near_duplicate)
-    return alike if config.split_by is None else _joined_by(alike, config.split_by, config.path)
+    files = " or ".join(path for path in (config.path, config.heldout_path) if path)
+    return alike if config.split_by is None else _joined_by(alike, config.split_by, files)
 
 
 def _joined_by(clusters: Sequence[list[Prompt]], entry: str, path: str) -> list[list[Prompt]]:

@@ -1,4 +1,4 @@
-"""A YAML file as a tree that knows its lines, and `--set` on it; `config.py` makes settings of it."""
+"""A YAML file as a tree that knows its lines, `--set` on it, and what is wrong with it; `config.py` makes settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from opentao.errors import ConfigError
 
@@ -27,8 +28,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {_problem(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: expected keys and values, got {type(tree).__name__}")
-    _refuse_repeated(path, root)
+        raise ConfigError(
+            f"{path}:1: expected keys and values, got {'nothing' if tree is None else type(tree).__name__}"
+        )
+    try:
+        _refuse_repeated(path, root)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or an alias that holds itself") from None
     return tree, root
 
 
@@ -59,7 +65,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
-        node = node[_item(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}  # not there, or null: a section that is off by default
+        node = node[_item(node, part, override)] if isinstance(node, list) else node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {part} is not a section")
     try:
@@ -89,3 +97,34 @@ def line_of(node: yaml.Node | None, loc: Sequence[str]) -> int:
             break
         line, node = found[0] + 1, found[1]
     return line
+
+
+def mistake(error: ValidationError, model: type[BaseModel]) -> tuple[list[str], str]:
+    """Where the first mistake is, and what it is, with the number of the others."""
+    first, *rest = error.errors(include_url=False)
+    loc = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    if not loc and ": " in message:  # a check over several keys: its message starts with one of them
+        key, _, message = message.partition(": ")
+        loc = key.split(".")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; expected one of: {', '.join(_known_keys(model, loc[:-1]))}"
+    elif first["type"] == "missing":
+        message = "is required"
+    elif first["type"] in ("model_type", "model_attributes_type"):
+        got = "nothing" if first["input"] is None else repr(first["input"])
+        message = f"expected a section of keys and values, got {got}"
+    elif "input" in first and not isinstance(first["input"], dict | list):
+        message += f", got {first['input']!r}"
+    return loc, message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _known_keys(root: type[BaseModel], loc: Sequence[str]) -> list[str]:
+    model: Any = root
+    for part in loc:
+        if part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), root)
+    return list(model.model_fields)

@@ -72,7 +72,7 @@ def build_scorer(config: ScorerConfig) -> Scorer:
 
 def _error(config: ScorerConfig, message: str) -> ConfigError:
     named = "" if config.label == config.type else f" (type {config.type})"
-    return ConfigError(f"scorer {config.label}{named}: {message}")
+    return ConfigError(f"{config.place}scorer {config.label}{named}: {message}")
 
 
 def _find(config: ScorerConfig) -> Callable[..., Any]:

@@ -87,6 +87,7 @@ class Choices:
         self.lock = threading.RLock()
         try:
             self.db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
+            self._refuse_foreign()
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = FULL")
             self.db.execute("PRAGMA foreign_keys = ON")
@@ -97,6 +98,12 @@ class Choices:
             self.db.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.Error as error:
             raise DataError(f"{path}: not a file of choices: {error}") from error
+
+    def _refuse_foreign(self) -> None:
+        """Before anything is written into it."""
+        there = {name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if there and "choices" not in there:
+            raise DataError(f"{self.path}: not a file of choices: an SQLite file with other tables")
 
     def close(self) -> None:
         self.db.close()
@@ -114,7 +121,10 @@ class Choices:
 
     def _rows(self, query: str, *args: Any) -> list[tuple[Any, ...]]:
         with self.lock:
-            return self.db.execute(query, args).fetchall()
+            try:
+                return self.db.execute(query, args).fetchall()
+            except sqlite3.Error as error:
+                raise DataError(f"{self.path}: cannot be read: {error}") from error
 
     # --- annotators
 

@@ -13,8 +13,10 @@ from opentao.types import Message
 from opentao.web.choices import Item, item_of
 
 
-def read_items(source: Path) -> list[Item]:
-    """Prompts with at least two different answers; the same prompt and answers twice are one.
+def read_items(source: Path) -> tuple[list[Item], int]:
+    """Prompts with at least two different answers, and how many have none to choose between.
+
+    The same prompt and answers twice are one.
 
     Raises:
         DataError: nothing to judge there; what was expected.
@@ -23,7 +25,7 @@ def read_items(source: Path) -> list[Item]:
     items = list({item.id: item for item in found if len(item.responses) > 1}.values())
     if not items:
         raise DataError(f"{source}: no prompt with at least two different answers")
-    return items
+    return items, sum(len(item.responses) < 2 for item in found)
 
 
 def _of_run(source: Path) -> Iterator[tuple[list[Message], list[str]]]:

@@ -92,12 +92,12 @@ def _facts(choice: Choice) -> dict[str, Any]:
 def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
     """Add the choices of a preference file; those that are there already are left. Returns how many came.
 
-    There already: of the same `id`, or, without one, the same prompt, answers, ranks and annotator. A file that says
-    the same n times counts n times.
+    There already: the same prompt, answers, ranks and annotator, with the same `id` if the row has one. A file that
+    says the same n times counts n times.
     """
     first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # what a repeat repeats
-    known = {c.task.id for c in choices.choices()}
-    rankings = [r for r in rankings if r.facts.get("id") not in known]  # an export of this very file, too
+    known = {(r.facts.get("id"), _said(r)) for r in rankings_of(choices)}
+    rankings = [r for r in rankings if (r.facts.get("id"), _said(r)) not in known]  # an export of this very file
     added = 0
     for key, ranking in _named(rankings):
         name = ranking.annotator or "import"
@@ -111,10 +111,19 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
         shown = tuple(dict.fromkeys(item.responses.index(ranking.texts[i]) for i in places))
         judged = (name, item.id, tuple(sorted(shown)))
         repeated = first.get(judged) if ranking.facts.get("repeat") else None
+        there = choices.task(key)
+        if there is not None and (there.annotator, there.item, there.kind) != (name, item.id, kind):
+            key = f"{key}~{_said(ranking)}"  # another file's choice of that id
         task = choices.add_task(name, item.id, kind, shown, "import", repeat_of=repeated, id_=key)
         first.setdefault(judged, key)
         added += choices.choose(task, answer, made=_seconds(ranking.facts.get("time")))
     return added
+
+
+def _said(ranking: Ranking) -> str:
+    """Who said what of which answers, whatever their order."""
+    placed = sorted(zip(ranking.texts, ranking.ranks, strict=True))
+    return content_hash(list(ranking.prompt.messages), placed, ranking.ties_equal, ranking.annotator)
 
 
 def _named(rankings: Sequence[Ranking]) -> Iterator[tuple[str, Ranking]]:
@@ -157,7 +166,7 @@ def _seconds(time: Any) -> float | None:
 
 
 def _is_order(order: Any, ranking: Ranking) -> bool:
-    return isinstance(order, list) and sorted(map(str, order)) == sorted(map(str, range(len(ranking.texts))))
+    return isinstance(order, list) and sorted(order) == list(range(len(ranking.texts)))
 
 
 def _as_answer(ranking: Ranking, item: Item) -> tuple[Kind, dict[str, Any]]:

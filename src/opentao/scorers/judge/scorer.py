@@ -222,7 +222,9 @@ def _reason(errors: Sequence[Verdict]) -> Rating:
 
 
 def _text_or_file(rubric: str) -> str:
-    """A rubric of one line that names a file is that file."""
+    """A rubric of one line that names a file is that file. Raises ValueError for a file's name without the file."""
     if "\n" not in rubric and len(rubric) < 300 and os.path.isfile(rubric):
         return Path(rubric).read_text(encoding="utf-8")
+    if rubric.endswith((".txt", ".md")) and len(rubric.split()) == 1:
+        raise ValueError(f"rubric: there is no file {rubric}")
     return rubric
