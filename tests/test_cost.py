@@ -58,6 +58,13 @@ def test_a_reward_model_reads_every_group() -> None:
     assert stages["evaluate"].forward == 10 * (6 * 5 + 2 * 2 * 15) + 10 * (6 * 5 + 15 * 10)
 
 
+def test_an_audit_by_a_reward_model_reads_what_is_held_out() -> None:
+    plain, audited = (count_tokens(config(audit=a), 100, 5.0) for a in (None, {"type": "reward_model"}))
+    judged = count_tokens(config(scorers=[{"type": "reward_model"}]), 100, 5.0)
+    assert audited["score"] == plain["score"]
+    assert audited["evaluate"] == judged["evaluate"] != plain["evaluate"]
+
+
 def test_rounds_share_prompts_as_the_run_does() -> None:
     """8 prompts to train on, 20 rounds: one each, around the end."""
     assert split_sizes(config(rounds=20), 10) == (2, 1)

@@ -1,8 +1,8 @@
 """What a config will cost: tokens, minutes and peak memory, from a short measurement.
 
 An estimate. Tokens are upper bounds (every response as long as `max_new_tokens`); minutes and memory follow from timing
-this model on this machine for a few seconds: training steps, a forward pass, a few decode steps. Left out: scorers that
-are not reward models, and whatever else the machine does.
+this model on this machine for a few seconds: training steps, a forward pass, a few decode steps. A reward model counts
+as if it were as large as the model. Left out: scorers that are no reward models, loading, what else the machine does.
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ def count_tokens(config: Config, num_prompts: int, prompt_tokens: float) -> dict
     P = math.ceil(prompt_tokens)
     heldout, per_round = split_sizes(config, num_prompts)
     judges = sum(scorer.type == "reward_model" for scorer in config.scorers)
+    audits = config.audit is not None and config.audit.type == "reward_model"
     rounds = [config.of_round(r) for r in range(1, config.rounds + 1)]
     return {
         "generate": _total(_sampling(c, per_round, P) for c in rounds),
         "score": _total(Stage(forward=judges * per_round * (P + _sampled(c))) for c in rounds),
         "train": _total(_training(c, per_round, P) for c in rounds),
-        "evaluate": _evaluation(config, heldout, P, config.generate.max_new_tokens, judges),
+        "evaluate": _evaluation(config, heldout, P, config.generate.max_new_tokens, judges + audits),
     }
 
 

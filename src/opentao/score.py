@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from opentao.errors import ScoreError
-from opentao.scorers.run import score_groups
+from opentao.scorers.run import is_transient, score_groups
 from opentao.session import AUDIT, Session, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
-from opentao.types import Group, Scorer, content_hash
+from opentao.types import Group, content_hash
 
 GROUPS_TOGETHER = 16  # a reward model fills its rows with several groups
 
@@ -28,8 +28,9 @@ def score(
 ) -> list[Group]:
     """Score every group of the shards. Returns the scored groups as the files hold them.
 
-    A scorer that could score nothing at all of a shard (a judge that was not there, a key that was missing) is asked
-    again when the run is started again. `company`: for every prompt of the shards, the group among whose answers
+    A scorer that could score nothing at all of a shard (a key that was missing) is asked again when the run is started
+    again; one whose failures may pass (`transient`: a judge over the network) about each group of which it scored none.
+    `company`: for every prompt of the shards, the group among whose answers
     relative scorers judge (`scorers.run`); none: the group's own.
     """
     run, among = session.run, {group.prompt.id: group for group in company}
@@ -41,19 +42,20 @@ def score(
         for source, groups in zip(group_shards, loaded, strict=True):
             name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
             key = content_hash(run.hash(source), session.scorers_key, with_audit, *beside(company))
-            asked: Sequence[Scorer] = scorers
+            asked, left = scorers, groups
             if run.have(name, key):
                 groups = attach_scores(groups, run.read_table(name))
-                asked = [scorer for scorer in scorers if scorer.name in silent(groups)]
-            if not asked:
-                step.reuse(len(groups))
-            else:
-                done = []
-                for batch in shards(groups, GROUPS_TOGETHER):
+                asked = [s for s in scorers if s.name in silent(groups) or (is_transient(s) and s.name in mute(groups))]
+                left = [g for g in groups if any(s.name in silent([g]) for s in asked)]
+            step.reuse(len(groups) - len(left))
+            if left:
+                done = {group.prompt.id: group for group in groups}
+                for batch in shards(left, GROUPS_TOGETHER):
                     others = [among[g.prompt.id] for g in batch] if company else None
-                    done += score_groups(batch, asked, session.weights, session.gates, others, keep=True)
+                    scored_now = score_groups(batch, asked, session.weights, session.gates, others, keep=True)
+                    done |= {group.prompt.id: group for group in scored_now}
                     step.advance(len(batch), tokens=sum(len(r.tokens_R) for g in batch for r in g.responses))
-                run.write_table(name, key, scores_to_table(done))
+                run.write_table(name, key, scores_to_table(done.values()))
             scored += attach_scores(groups, run.read_table(name))
             for scorer_name in set(silent(scored[-len(groups) :])) - told:
                 told.add(scorer_name)
@@ -76,6 +78,11 @@ def silent(groups: Sequence[Group]) -> list[str]:
             if scores and not group.failure:
                 found[name] = found.get(name, False) or any(s.scored for s in scores)
     return [name for name, scored in found.items() if not scored]
+
+
+def mute(groups: Sequence[Group]) -> set[str]:
+    """Scorers that scored no response of at least one of these groups."""
+    return {name for group in groups for name in silent([group])}
 
 
 def require_scores(session: Session, groups: Sequence[Group], label: str, *, with_audit: bool = False) -> None:
