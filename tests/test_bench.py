@@ -55,6 +55,23 @@ def test_a_prompt_shorter_than_the_template_is_refused(tiny_model_dir: Path) -> 
         run_bench("generate", sizes, str(tiny_model_dir), [], [], dict(SETTINGS))
 
 
+def test_bf16_is_refused_where_ours_would_take_fp32(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer would be timed in bf16, which is slower there."""
+    monkeypatch.setattr("opentao.bench.command.native_bf16", lambda device: False)
+    with pytest.raises(BenchError, match="--dtype bfloat16: OpenTAO's `train` multiplies in fp32 here"):
+        run_bench("train", SIZES, str(tiny_model_dir), [], [], SETTINGS | {"dtype": "bfloat16"})
+
+
+def test_a_peers_choice_is_by_time_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices that do different amounts of work: the one that does least is not the fastest for it."""
+    monkeypatch.syspath_prepend(str(Path(run_module.__file__).parent / "peers"))
+    from transformers_peer import fastest
+
+    clock = iter(float(t) for t in (0, 1, 10, 12))  # a second for one token, two for eight
+    monkeypatch.setattr("transformers_peer.time.perf_counter", lambda: next(clock))
+    assert fastest({"small": lambda: 1, "large": lambda: 8}) == "large"
+
+
 @pytest.mark.parametrize("kind", ["generate", "score"])
 def test_side_by_side_with_transformers(
     tiny_model_dir: Path, here: str, kind: Any, monkeypatch: pytest.MonkeyPatch

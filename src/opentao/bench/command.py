@@ -12,6 +12,7 @@ from opentao.bench.case import Case, Kind, make_prompts, make_responses
 from opentao.bench.run import BenchError, bench
 from opentao.builtin import BUILT_IN, extract_gguf
 from opentao.models import load_tokenizer, resolve_model
+from opentao.policy import default_device, native_bf16
 
 CLASSIFIED = ("score", "reward-train")
 
@@ -29,9 +30,13 @@ def run_bench(
     `settings`: of the case, repeats, gguf.
 
     Raises:
-        BenchError: a prompt cannot be made that short, a peer is missing or fails.
+        BenchError: a prompt cannot be made that short, a peer is missing or fails, bf16 where ours takes fp32.
     """
     repeats, gguf = settings.pop("repeats"), settings.pop("gguf", None)
+    if kind != "generate" and settings["dtype"] == "bfloat16" and not native_bf16(default_device()):
+        raise BenchError(
+            f"--dtype bfloat16: OpenTAO's `{kind}` multiplies in fp32 here, where bf16 is slower; use float32"
+        )
     tokenizer = load_tokenizer(str(resolve_model(model)))
     try:
         prompts = make_prompts(tokenizer, sizes["prompts"], sizes["prompt_tokens"])
