@@ -176,14 +176,14 @@ def test_a_bar_is_held_or_not() -> None:
     run = benchmarks_run()
     result = {
         "kind": "generate",
-        "times_faster": {"transformers": 3.5, "vllm": 2.9},
+        "times_faster": {"llama.cpp": 1.5, "vllm": 2.9},
         "limit_tokens_per_second": {"128": 500.0, "256": 600.0},
         "systems": [{"tokens_per_second": 420.0}],
     }
     rows = [(what.rpartition(": ")[2], value, held) for what, value, _, held in run.bars("generate-short", result)]
     assert rows == [
-        ("faster than transformers", 3.5, True),
         ("faster than vllm", 2.9, False),
+        ("faster than llama.cpp", 1.5, True),
         ("share of the matrix-product limit", 0.7, True),
     ]
     [(what, value, bound, held)] = run.bars("growth-responses", {"kind": "growth", "ratio": 1.6})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opentao import long_prompt, pack, packed_attention
+from opentao import long_prompt, pack, packed_attention, rows
 from opentao.errors import ModelError
 from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for, shares_prompt
 from opentao.packed_attention import FLEX_ATTENTION
@@ -195,7 +195,7 @@ def test_what_cannot_fit_a_row_is_an_error() -> None:
 
 
 def test_rows_for_widens_the_row_to_the_longest_response(llama: Any) -> None:
-    rows = rows_for(llama, random_sequences([(4, [2, 7, 1])]), 5)
+    rows = list(rows_for(llama, random_sequences([(4, [2, 7, 1])]), 5))
     assert [len(row.tokens_T) for row in rows] == [6, 11, 5]
 
 
@@ -203,7 +203,7 @@ def test_the_plain_layout_where_sharing_would_lose(llama: Any) -> None:
     """A tiny prompt, one long response and some short ones: padded to the longest they are more work than they save."""
     [lopsided] = random_sequences([(2, [400, 3, 3, 3])])
     assert not sharing_pays(lopsided, 32)
-    rows = rows_for(llama, [lopsided], 4096)
+    rows = list(rows_for(llama, [lopsided], 4096))
     assert [row.owners for row in rows] == [[(0, i)] for i in range(4)]
     assert_packed_is_plain(llama, [lopsided], rows, 1.0, 512)
     usual = random_sequences([(62, [64] * 8), (842, [64] * 8), (20, [60, 10, 30, 5])])
@@ -212,7 +212,7 @@ def test_the_plain_layout_where_sharing_would_lose(llama: Any) -> None:
 
 
 def test_no_groups_no_rows(llama: Any) -> None:
-    assert plan_rows([], 8) == [] == plain_rows([])
+    assert plan_rows([], 8) == [] == list(plain_rows([]))
     assert list(group_logprobs(llama, [])) == []
 
 
@@ -296,7 +296,7 @@ def test_fused_and_explicit_attention_agree(llama: Any, limit: int, monkeypatch:
     """Values and gradients, whichever blocks are small enough to make their scores outright."""
     monkeypatch.setattr(packed_attention, "SMALL_SCORES", limit)
     groups = random_sequences([(20, [3, 5, 1]), (18, [4, 2]), (19, [1, 9])], common=MIN_PREFIX)
-    assert_packed_is_plain(llama, groups, rows_for(llama, groups, 4096), 1.0, 7)
+    assert_packed_is_plain(llama, groups, list(rows_for(llama, groups, 4096)), 1.0, 7)
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])
@@ -431,3 +431,15 @@ def test_positions_that_turn_with_the_rows_length_are_not_shared(kind: str) -> N
     turning = LlamaForCausalLM(LlamaConfig(**given, rope_parameters=rope))
     assert shares_prompt(usual, 100)
     assert not shares_prompt(turning, 100)
+
+
+def test_rows_are_built_as_they_are_asked_for(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round's rows together take many times the memory of its tokens."""
+    built = []
+    build = rows._build_row
+    monkeypatch.setattr(rows, "_build_row", lambda *given: built.append(1) or build(*given))
+    groups = random_sequences([(4, [3, 5])] * 6)
+    found = group_logprobs(llama, groups, row_tokens=12)
+    next(found)
+    assert len(built) == 1
+    assert len(list(found)) == 5 and len(built) == 6

@@ -230,7 +230,7 @@ def test_another_decoder(tiny_model_dir: Path, tmp_path: Path) -> None:
     )
     folder = foreign_folder(tiny_model_dir, tmp_path / "rm", Qwen3ForSequenceClassification(config), CHATML)
     reward_model = RewardModel.load(str(folder))
-    assert len(reward_model.rows([reward_model.encode(MESSAGES, ANSWERS)], 2048)) == 1
+    assert len(list(reward_model.rows([reward_model.encode(MESSAGES, ANSWERS)], 2048))) == 1
     assert one_group(reward_model) == pytest.approx(plain_scores(folder), abs=1e-4)
 
 

@@ -22,21 +22,21 @@ from opentao.engines.memory import default_row_tokens
 from opentao.errors import ModelError
 from opentao.packed_attention import FLEX_ATTENTION, PACKED_ATTENTION, flex_mask, flex_takes, row_layout
 from opentao.policy import attention_of
-from opentao.rows import Row, Sequences, plain_rows, plan_rows, sharing_pays
+from opentao.rows import Row, Sequences, plain_rows, planned_rows, sharing_pays
 
 GPU_ATTENTION = FLEX_ATTENTION
 CHECKED = 4  # responses of a group in the first-use self-check
 CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
 
 
-def rows_for(model: Any, groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
-    """Packed rows if the model's attention allows it and they are less work; plain rows else."""
+def rows_for(model: Any, groups: Sequence[Sequences], row_tokens: int) -> Iterator[Row]:
+    """Packed rows if the model's attention allows it and they are less work; plain rows else. Built one by one."""
     longest = max((len(s.prompt_P) + max(map(len, s.responses_NR), default=0) for s in groups), default=0)
     if not shares_prompt(model, max(longest, row_tokens)):
         return plain_rows(groups)
     if len(groups) == 1 and not sharing_pays(groups[0], model.config.get_text_config().hidden_size):
         return plain_rows(groups)
-    return plan_rows(groups, max(row_tokens, longest))
+    return planned_rows(groups, max(row_tokens, longest))
 
 
 def shares_prompt(model: Any, length: int) -> bool:

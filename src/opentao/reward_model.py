@@ -173,7 +173,7 @@ class RewardModel:
                 found.pop(done, None)
                 done += 1
 
-    def rows(self, groups: Sequence[Sequences], row_tokens: int | None) -> list[Row]:
+    def rows(self, groups: Sequence[Sequences], row_tokens: int | None) -> Iterator[Row]:
         """Rows of at most `row_tokens`; None: as `default_row_tokens` says."""
         if not self.reads_last_token:
             return plain_rows(groups)

@@ -63,7 +63,14 @@ class Row:
 
 
 def plan_rows(groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
+    """`planned_rows`, all at once."""
+    return list(planned_rows(groups, row_tokens))
+
+
+def planned_rows(groups: Sequence[Sequences], row_tokens: int) -> Iterator[Row]:
     """Put groups into rows of at most `row_tokens`, in order; a group that is larger is split by responses.
+
+    A row is built when it is asked for: built, its numbers take many times the memory of the groups' tokens.
 
     Raises:
         ValueError: a prompt and one response alone are longer than a row.
@@ -78,7 +85,7 @@ def plan_rows(groups: Sequence[Sequences], row_tokens: int) -> list[Row]:
                 room = row_tokens
             rows[-1].append((g, part))
             room -= size
-    return [_build_row(groups, parts) for parts in rows]
+    yield from (_build_row(groups, parts) for parts in rows)
 
 
 def _build_row(groups: Sequence[Sequences], parts: Sequence[tuple[int, list[int]]]) -> Row:
@@ -126,15 +133,13 @@ def whole_groups(groups: Sequence[Sequences], row_tokens: int) -> list[list[int]
     return batches
 
 
-def plain_rows(groups: Sequence[Sequences]) -> list[Row]:
+def plain_rows(groups: Sequence[Sequences]) -> Iterator[Row]:
     """The ordinary layout: one response a row, prompt repeated. For models that cannot share prompts."""
-    rows = []
     for g, sequences in enumerate(groups):
         for i in range(len(sequences.responses_NR)):
             row = Row()
             row.add(g, sequences, [i])
-            rows.append(row)
-    return rows
+            yield row
 
 
 def sharing_pays(group: Sequences, hidden: int) -> bool:

@@ -151,7 +151,7 @@ def micro_batches(model: Any, batch: Sequence[Example], row_tokens: int) -> Iter
     """Whole groups that share one row; a group that needs several rows comes alone."""
     for indices in whole_groups([e.sequences for e in batch], row_tokens):
         examples = [batch[i] for i in indices]
-        yield examples, rows_for(model, [e.sequences for e in examples], row_tokens)
+        yield examples, list(rows_for(model, [e.sequences for e in examples], row_tokens))
 
 
 def _backward(
