@@ -23,7 +23,7 @@ from opentao.preferences import Ranking, read_preferences, write_preferences
 from opentao.store import Run, groups_to_table
 from opentao.types import Group, Prompt
 from opentao.web.agreement import alpha, between, with_oneself
-from opentao.web.choices import Choices, Item, Task, item_of
+from opentao.web.choices import SCHEMA, Choices, Item, Task, item_of
 from opentao.web.items import read_items
 from opentao.web.next_task import Plan, next_task, pair_information, units
 from opentao.web.preference_rows import import_rankings, rankings_of
@@ -411,6 +411,33 @@ def test_ids_of_two_files_may_be_alike(choices: Choices) -> None:
     assert [import_rankings(choices, file) for file in files] == [1, 1, 1]
     assert [import_rankings(choices, file) for file in files] == [0, 0, 0]
     assert len(rankings_of(choices)) == 3
+
+
+def test_what_a_row_says_beside_the_choice_is_kept(choices: Choices, tmp_path: Path) -> None:
+    given = {"instruction": "cites the filing", "margin": 2.0, "subset": "finance"}
+    ranking = Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann", **given)
+    plain = Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann")
+    assert import_rankings(choices, [ranking, plain]) == 2
+    write_preferences(tmp_path / "out.jsonl", rankings_of(choices))
+    exported = read_preferences(tmp_path / "out.jsonl").rankings
+    assert [(r.instruction, r.margin, r.subset) for r in exported] == [tuple(given.values()), ("", 1.0, "")]
+    assert import_rankings(choices, exported) == 0
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "choices.sqlite"
+    old = SCHEMA.replace(",\n  extra TEXT NOT NULL DEFAULT '{}'", "")
+    assert old != SCHEMA
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(old + "PRAGMA user_version = 1;")
+        db.execute("INSERT INTO annotators VALUES ('ann', 'hash')")
+        db.execute('INSERT INTO items VALUES (\'i\', 0, \'[{"role":"user","content":"x"}]\', \'["a","b"]\')')
+        db.execute("INSERT INTO tasks VALUES ('t', 'ann', 'i', 'pair', '[0,1]', NULL, 'random', 1.0)")
+        db.execute("INSERT INTO choices VALUES (1, 't', 2.0, 1.0, '{\"better\":1,\"worse\":0}', NULL)")
+        db.commit()
+    [ranking] = rankings_of(Choices(path))
+    assert (ranking.texts, ranking.ranks, ranking.subset) == (("a", "b"), (2.0, 1.0), "")
+    assert len(rankings_of(Choices(path))) == 1
 
 
 def test_a_database_of_others_is_left_alone(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def _tail(confidence: float, n: int) -> float:
     That quantile by its expansion around the normal one, good to 0.1 % here (Abramowitz & Stegun 26.7.5).
 
     >>> [round(_tail(0.95, n), 4) for n in (8, 20, 1000)]
-    [0.0057, 0.0159, 0.0249]
+    [0.0057, 0.0159, 0.0248]
     """
     normal, v = NormalDist(), n - 1
     z = -normal.inv_cdf((1 - confidence) / 2)

@@ -146,21 +146,16 @@ def label_import(
     db: Database = Path("choices.sqlite"),
     as_json: AsJson = False,
 ) -> None:
-    """Add the choices of a preference file; those that are there already are left alone.
-
-    `instruction`, `margin` and `subset` of a row have no place there.
-    """
+    """Add the choices of a preference file; those that are there already are left alone."""
     from opentao.preferences import read_preferences
     from opentao.web.choices import Choices
     from opentao.web.preference_rows import import_rankings
 
     found = read_preferences(pairs)
     added = import_rankings(Choices(db), found.rankings)
-    lost = sum(bool(r.instruction or r.subset or r.margin != 1.0) for r in found.rankings)
-    facts = {"added": added, "read": len(found.rankings), "set_aside": len(found.set_aside), "incomplete": lost}
-    without = f"; instruction, margin and subset of {lost} rows have no place there" if lost else ""
+    facts: dict[str, Any] = {"added": added, "read": len(found.rankings), "set_aside": len(found.set_aside)}
     facts["rows_set_aside"] = found.set_aside
-    emit(facts, as_json, f"{added} choices added to {db}, {found.said_aside}{without}")
+    emit(facts, as_json, f"{added} choices added to {db}, {found.said_aside}")
 
 
 def _existing(db: Path) -> Path:

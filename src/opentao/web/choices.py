@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +29,15 @@ CREATE TABLE IF NOT EXISTS items (
   id TEXT PRIMARY KEY, position INTEGER NOT NULL, messages TEXT NOT NULL, responses TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS tasks (
   id TEXT PRIMARY KEY, annotator TEXT NOT NULL REFERENCES annotators, item TEXT NOT NULL REFERENCES items,
-  kind TEXT NOT NULL, shown TEXT NOT NULL, repeat_of TEXT REFERENCES tasks, policy TEXT NOT NULL, issued REAL NOT NULL);
+  kind TEXT NOT NULL, shown TEXT NOT NULL, repeat_of TEXT REFERENCES tasks, policy TEXT NOT NULL, issued REAL NOT NULL,
+  extra TEXT NOT NULL DEFAULT '{}');
 CREATE TABLE IF NOT EXISTS choices (
   id INTEGER PRIMARY KEY, task TEXT NOT NULL REFERENCES tasks, time REAL NOT NULL, seconds REAL NOT NULL,
   answer TEXT NOT NULL, undone REAL);
 CREATE UNIQUE INDEX IF NOT EXISTS one_standing ON choices (task) WHERE undone IS NULL;
 CREATE INDEX IF NOT EXISTS tasks_of ON tasks (annotator, issued);
 """
-VERSION = 1
+VERSION = 2  # 1 had no `extra`
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -60,6 +61,7 @@ class Task:
     repeat_of: str | None
     policy: str  # how it was chosen: informative, random, repeat, import
     issued: float  # seconds since 1970
+    extra: dict[str, Any] = field(default_factory=dict)  # of an imported row: instruction, margin, subset
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -93,8 +95,10 @@ class Choices:
             self.db.execute("PRAGMA foreign_keys = ON")
             self.db.executescript(SCHEMA)
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, VERSION):
+            if version not in (0, 1, VERSION):
                 raise DataError(f"{path}: written by another version of opentao ({version}, this one writes {VERSION})")
+            if "extra" not in {row[1] for row in self.db.execute("PRAGMA table_info(tasks)")}:
+                self.db.execute("ALTER TABLE tasks ADD COLUMN extra TEXT NOT NULL DEFAULT '{}'")
             self.db.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.Error as error:
             raise DataError(f"{path}: not a file of choices: {error}") from error
@@ -181,6 +185,7 @@ class Choices:
         policy: str,
         repeat_of: str | None = None,
         id_: str | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> Task:
         """A new task; with `id_` the one of that name if it is there."""
         if id_ is not None and (known := self.task(id_)) is not None:
@@ -194,11 +199,12 @@ class Choices:
             repeat_of=repeat_of,
             policy=policy,
             issued=time.time(),
+            extra=extra or {},
         )
         with self._writing() as db:
             db.execute(
-                "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (task.id, annotator, item, kind, _dump(task.shown), repeat_of, policy, task.issued),
+                "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (task.id, annotator, item, kind, _dump(task.shown), repeat_of, policy, task.issued, _dump(task.extra)),
             )
         return task
 
@@ -267,10 +273,10 @@ class Choices:
             annotator,
             annotator,
         )
-        return [Choice(task=_task(*r[:8]), answer=json.loads(r[8]), time=r[9], seconds=r[10]) for r in rows]
+        return [Choice(task=_task(*r[:9]), answer=json.loads(r[9]), time=r[10], seconds=r[11]) for r in rows]
 
 
-_TASK = "t.id, t.annotator, t.item, t.kind, t.shown, t.repeat_of, t.policy, t.issued"
+_TASK = "t.id, t.annotator, t.item, t.kind, t.shown, t.repeat_of, t.policy, t.issued, t.extra"
 
 
 def check_answer(task: Task, answer: dict[str, Any]) -> None:
@@ -309,7 +315,15 @@ def _item(id_: str, messages: str, responses: str) -> Item:
 
 
 def _task(
-    id_: str, annotator: str, item: str, kind: Kind, shown: str, repeat_of: str | None, policy: str, issued: float
+    id_: str,
+    annotator: str,
+    item: str,
+    kind: Kind,
+    shown: str,
+    repeat_of: str | None,
+    policy: str,
+    issued: float,
+    extra: str,
 ) -> Task:
     return Task(
         id=id_,
@@ -320,4 +334,5 @@ def _task(
         repeat_of=repeat_of,
         policy=policy,
         issued=issued,
+        extra=json.loads(extra),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from opentao.preferences import Ranking
 from opentao.types import Prompt, content_hash
-from opentao.web.choices import Choice, Choices, Item, Kind, item_of
+from opentao.web.choices import Choice, Choices, Item, Kind, Task, item_of
 
 
 def rankings_of(choices: Choices) -> list[Ranking]:
@@ -32,11 +32,11 @@ def _ranking(choice: Choice, item: Item) -> Ranking | None:
             (1.0, 1.0) if "tie" in answer else (1.0, 2.0) if answer["better"] == a else (2.0, 1.0)
         )
         facts |= {"both_bad": True} if answer.get("both_bad") else {}
-        return _build(item, (a, b), ranks, choice.task.annotator, facts, ties_equal=True)
+        return _build(item, (a, b), ranks, choice.task, facts, ties_equal=True)
     order = answer["order"]
     places = tuple(sorted(shown))
     ranks = tuple(float(order.index(i) + 1 if i in order else len(order) + 1) for i in places)
-    return _build(item, places, ranks, choice.task.annotator, facts, ties_equal=False) if len(set(ranks)) > 1 else None
+    return _build(item, places, ranks, choice.task, facts, ties_equal=False) if len(set(ranks)) > 1 else None
 
 
 def _marked(made: Sequence[Choice], items: dict[str, Item]) -> Iterator[Ranking]:
@@ -45,20 +45,20 @@ def _marked(made: Sequence[Choice], items: dict[str, Item]) -> Iterator[Ranking]
     for choice in made:
         if choice.task.kind == "mark" and "right" in choice.answer:
             by_item[choice.task.annotator, choice.task.item][choice.task.shown[0]] = choice
-    for (annotator, item), marks in by_item.items():
+    for (_, item), marks in by_item.items():
         places = tuple(sorted(marks))
         ranks = tuple(1.0 if marks[i].answer["right"] else 2.0 for i in places)
         if len(set(ranks)) > 1:
             newest = max(marks.values(), key=lambda c: c.time)
             facts = _facts(newest) | {"order": [items[item].responses[i] for i in marks]}
-            yield _build(items[item], places, ranks, annotator, facts, ties_equal=False)
+            yield _build(items[item], places, ranks, newest.task, facts, ties_equal=False)
 
 
 def _build(
     item: Item,
     places: tuple[int, ...],
     ranks: tuple[float, ...],
-    annotator: str,
+    task: Task,
     facts: dict[str, Any],
     *,
     ties_equal: bool,
@@ -68,8 +68,9 @@ def _build(
         texts=tuple(item.responses[i] for i in places),
         ranks=ranks,
         ties_equal=ties_equal,
-        annotator=annotator,
+        annotator=task.annotator,
         facts=facts | {"order": _places(facts["order"], places, item)},
+        **task.extra,
     )
 
 
@@ -114,7 +115,9 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
         there = choices.task(key)
         if there is not None and (there.annotator, there.item, there.kind) != (name, item.id, kind):
             key = f"{key}~{_said(ranking)}"  # another file's choice of that id
-        task = choices.add_task(name, item.id, kind, shown, "import", repeat_of=repeated, id_=key)
+        task = choices.add_task(
+            name, item.id, kind, shown, "import", repeat_of=repeated, id_=key, extra=_extra(ranking)
+        )
         first.setdefault(judged, key)
         added += choices.choose(task, answer, made=_seconds(ranking.facts.get("time")))
     return added
@@ -123,7 +126,13 @@ def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
 def _said(ranking: Ranking) -> str:
     """Who said what of which answers, whatever their order."""
     placed = sorted(zip(ranking.texts, ranking.ranks, strict=True))
-    return content_hash(list(ranking.prompt.messages), placed, ranking.ties_equal, ranking.annotator)
+    return content_hash(list(ranking.prompt.messages), placed, ranking.ties_equal, ranking.annotator, _extra(ranking))
+
+
+def _extra(ranking: Ranking) -> dict[str, Any]:
+    """What a row may say beside the choice, where it does."""
+    unsaid = {"instruction": "", "margin": 1.0, "subset": ""}
+    return {name: value for name in unsaid if (value := getattr(ranking, name)) != unsaid[name]}
 
 
 def _named(rankings: Sequence[Ranking]) -> Iterator[tuple[str, Ranking]]:
@@ -132,7 +141,7 @@ def _named(rankings: Sequence[Ranking]) -> Iterator[tuple[str, Ranking]]:
     for ranking in rankings:
         id_ = ranking.facts.get("id")
         if not isinstance(id_, str):
-            said = (ranking.texts, ranking.ranks, ranking.ties_equal, ranking.annotator)
+            said = (ranking.texts, ranking.ranks, ranking.ties_equal, ranking.annotator, *_extra(ranking).items())
             id_ = content_hash(list(ranking.prompt.messages), *said)
         seen[id_] += 1
         id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
