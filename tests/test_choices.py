@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,20 @@ def test_ids_of_two_files_may_be_alike(choices: Choices) -> None:
     assert [import_rankings(choices, file) for file in files] == [1, 1, 1]
     assert [import_rankings(choices, file) for file in files] == [0, 0, 0]
     assert len(rankings_of(choices)) == 3
+    together = [replace(r, facts={"id": "7"}, annotator="cy") for file in files[:2] for r in file]
+    assert [import_rankings(choices, together) for _ in range(3)] == [2, 0, 0]
+
+
+def test_an_earlier_export_does_not_bring_back_what_was_taken_back(choices: Choices) -> None:
+    import_rankings(
+        choices, [Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann")]
+    )
+    exported = rankings_of(choices)
+    task = choices.choices()[0].task
+    assert choices.undo("ann")
+    choices.choose(task, {"better": task.shown[1], "worse": task.shown[0]})
+    assert import_rankings(choices, exported) == 0
+    assert [r.ranks for r in rankings_of(choices)] == [(2.0, 1.0)]
 
 
 def test_what_a_row_says_beside_the_choice_is_kept(choices: Choices, tmp_path: Path) -> None:

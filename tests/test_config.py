@@ -205,10 +205,6 @@ class TestSet:
             ("train.epoch=2", "--set train.epoch=2: train.epoch: unknown key"),
             ("train.epochs=two", "--set train.epochs=two: train.epochs: Input should be a valid integer"),
             ("audit.type=", "--set audit.type=: audit.type: Input should be a valid string, got None"),
-            (
-                "generate.strategies.0.name=x",
-                "--set generate.strategies.0.name=x: generate.strategies: Input should be",
-            ),
             ("model.name=x", "--set model.name=x: model is not a section"),
             ("scorers.7.weight=1", "--set scorers.7.weight=1: 7: expected an item of the list, 0 to 1"),
             ("scorers.first=1", "--set scorers.first=1: first: expected an item of the list, 0 to 1"),

@@ -255,22 +255,6 @@ class TestResume:
         tree["scorers"][1]["args"] = {"seen": str(tmp_path / "seen elsewhere")}
         assert go(tmp_path / "other", tree).summary["policy_hash"] == again.summary["policy_hash"]
 
-    def test_groups_that_a_judge_left_out_are_scored_again(self, tree: Tree, tmp_path: Path) -> None:
-        """It went away in the middle. What it had scored is not asked again, of any scorer."""
-        down = tmp_path / "down"
-        down.mkdir()
-        patchy = {"type": "toy_scorers:Patchy", "name": "judge", "args": {"down": str(down)}}
-        once = {"type": "toy_scorers:Once", "name": "once", "weight": 0.5, "args": {"seen": str(tmp_path / "seen")}}
-        tree |= {"scorers": [patchy, once]}
-        first = go(tmp_path / "run", tree).summary
-        heldout = first["prompts"]["heldout"]
-        assert 0 < first["base"]["first_try"]["n"] < heldout and first["unscored"]["judge"] > 0
-        down.rmdir()
-        again = go(tmp_path / "run", tree)
-        assert again.summary["unscored"] == {}
-        assert again.summary["base"]["first_try"]["n"] == heldout
-        assert go(tmp_path / "run", tree).files() == again.files()
-
     def test_another_version_of_a_scorers_code_scores_again(
         self, tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

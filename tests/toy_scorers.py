@@ -72,18 +72,6 @@ class Flaky:
 
 
 @dataclass(kw_only=True)
-class Patchy(Flaky):
-    """The same, but it answers about some prompts even then, and says that it will be back."""
-
-    transient = True
-
-    def score(self, group: Group) -> list[float | None]:
-        if int(group.prompt.id, 16) % 2:
-            return super().score(group)
-        return [letters(group.prompt, r.text) for r in group.responses]
-
-
-@dataclass(kw_only=True)
 class Once:
     """Plug-in: fails if it is asked of the same response twice, in this process or another."""
 

@@ -373,7 +373,7 @@ def _validated(
     except ValidationError as error:
         loc, message = mistake(error, model)
     keys = {override: override.partition("=")[0].split(".") for override in overrides}
-    by = [override for override, key in keys.items() if loc and all(a == b for a, b in zip(loc, key, strict=False))]
+    by = [override for override, key in keys.items() if loc[: len(key)] == key]
     place = f"--set {by[-1]}" if by else f"{path}:{line_of(root, loc)}"
     raise ConfigError(f"{place}: {'.'.join(loc) or 'config'}: {message}")
 

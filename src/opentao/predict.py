@@ -110,7 +110,7 @@ def why_flat(informative: Sequence[float], n: int, audit_gain: Interval | None) 
     differ = int(sum(known))
     if differ < LEAST_INFORMATIVE * len(known) or not differ:
         return f"Nothing to learn from: on {differ} of {len(known)} held-out prompts do the answers differ in reward"
-    if audit_gain is not None and audit_gain.n and not audit_gain.low > 0:
+    if audit_gain is not None and np.isfinite(audit_gain.low) and not audit_gain.low > 0:
         return (
             f"The reward does not pick better answers beyond doubt: the audit of the best of {n} is"
             f" {audit_gain.mean:+.3f} against the first try ({audit_gain.low:+.3f} to {audit_gain.high:+.3f},"

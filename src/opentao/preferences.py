@@ -167,11 +167,11 @@ def _extras(row: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}: expected text, got {type(text).__name__}")
             found[name] = text
     facts = {name: row[name] for name in CARRIED if row.get(name) is not None}
-    if isinstance(facts.get("id"), bool) or not isinstance(facts.get("id", ""), str | int | float):
-        raise ValueError(f"id: expected text or a number, got {type(facts['id']).__name__}")
+    if not isinstance(facts.get("id", ""), str | int | float):  # a column of the file's own
+        del facts["id"]
     order = facts.get("order", [])
     if not (isinstance(order, list) and all(type(place) is int for place in order)):
-        raise ValueError(f"order: expected a list of whole numbers, got {order!r:.60}")
+        del facts["order"]
     return found | ({"facts": facts} if facts else {})
 
 
@@ -184,14 +184,18 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
             raise ValueError("messages: no user turn to answer")
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages: the last turn is the assistant's; expected the turns before the answer")
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
+        # "developer" is the newer name of "system", which chat templates do not know
+        roles = [m["role"] if m["role"] in ROLES else "system" for m in messages]
+        return [{"role": role, "content": m["content"]} for role, m in zip(roles, messages, strict=True)]
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return [{"role": "user", "content": row["prompt"]}]
     raise ValueError("expected `prompt` (text) or `messages` (chat)")
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+    return (
+        isinstance(value, dict) and value.get("role") in (*ROLES, "developer") and isinstance(value.get("content"), str)
+    )
 
 
 def is_unicode(texts: Sequence[str]) -> bool:

@@ -167,7 +167,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         lines = list(file)
     reader, before = csv.reader(lines, strict=True), 0  # lines before those that the reader was given
     header = [name.strip() for name in next(reader, [])]
-    if repeated := [name for name, times in Counter(header).items() if times > 1]:
+    if repeated := [name for name, times in Counter(filter(None, header)).items() if times > 1]:
         raise csv.Error(f"line 1: two columns are called {repeated[0]!r}")
     while True:
         line = before + reader.line_num + 1
@@ -250,6 +250,8 @@ def _object(row: object) -> dict[str, Any]:
 
 def _from_json(text: str, what: str) -> Any:
     try:
+        if what == "the array":  # of all rows: one with a repeated key must not cost the others
+            return json.loads(text)
         return json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, what))
     except _BadRow:
         raise

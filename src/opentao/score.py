@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from opentao.errors import ScoreError
-from opentao.scorers.run import is_transient, score_groups
+from opentao.scorers.run import score_groups
 from opentao.session import AUDIT, Session, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
 from opentao.types import Group, content_hash
@@ -28,9 +28,8 @@ def score(
 ) -> list[Group]:
     """Score every group of the shards. Returns the scored groups as the files hold them.
 
-    A scorer that could score nothing at all of a shard (a key that was missing) is asked again when the run is started
-    again; one whose failures may pass (`transient`: a judge over the network) about each group of which it scored none.
-    `company`: for every prompt of the shards, the group among whose answers
+    A scorer that could score nothing at all of a shard (a judge that was not there, a key that was missing) is asked
+    again when the run is started again. `company`: for every prompt of the shards, the group among whose answers
     relative scorers judge (`scorers.run`); none: the group's own.
     """
     run, among = session.run, {group.prompt.id: group for group in company}
@@ -45,8 +44,8 @@ def score(
             asked, left = scorers, groups
             if run.have(name, key):
                 groups = attach_scores(groups, run.read_table(name))
-                asked = [s for s in scorers if s.name in silent(groups) or (is_transient(s) and s.name in mute(groups))]
-                left = [g for g in groups if any(s.name in silent([g]) for s in asked)]
+                asked = [scorer for scorer in scorers if scorer.name in silent(groups)]
+                left = groups if asked else []
             step.reuse(len(groups) - len(left))
             if left:
                 done = {group.prompt.id: group for group in groups}
@@ -78,11 +77,6 @@ def silent(groups: Sequence[Group]) -> list[str]:
             if scores and not group.failure:
                 found[name] = found.get(name, False) or any(s.scored for s in scores)
     return [name for name, scored in found.items() if not scored]
-
-
-def mute(groups: Sequence[Group]) -> set[str]:
-    """Scorers that scored no response of at least one of these groups."""
-    return {name for group in groups for name in silent([group])}
 
 
 def require_scores(session: Session, groups: Sequence[Group], label: str, *, with_audit: bool = False) -> None:

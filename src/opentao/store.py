@@ -196,6 +196,7 @@ class Run:
             raise
         old = _old(final)
         if final.is_dir():  # which no rename replaces: until the new one is entered, the old one can be had again
+            _remove(old)  # of one that was never entered
             final.rename(old)
         temporary.rename(final)
         _fsync(final.parent)

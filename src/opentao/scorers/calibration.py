@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.errors import ConfigError
-from opentao.scorers.run import is_relative, is_transient, largest_group, run_scorer, run_scorer_many
+from opentao.scorers.run import is_relative, largest_group, run_scorer, run_scorer_many
 from opentao.types import BatchScorer, Group, Score, Scorer
 
 
@@ -30,10 +30,6 @@ class Scaled:
     @property
     def relative(self) -> bool:
         return is_relative(self.scorer)
-
-    @property
-    def transient(self) -> bool:
-        return is_transient(self.scorer)
 
     @property
     def largest_group(self) -> int | None:

@@ -47,11 +47,6 @@ def is_relative(scorer: Scorer) -> bool:
     return bool(getattr(scorer, "relative", False))
 
 
-def is_transient(scorer: Scorer) -> bool:
-    """May what it could not score be scored at another time, as with a judge over the network?"""
-    return bool(getattr(scorer, "transient", False))
-
-
 def largest_group(scorer: Scorer) -> int | None:
     """How many answers it takes at once; None: any number."""
     return getattr(scorer, "largest_group", None)

@@ -93,14 +93,13 @@ def _facts(choice: Choice) -> dict[str, Any]:
 def import_rankings(choices: Choices, rankings: Sequence[Ranking]) -> int:
     """Add the choices of a preference file; those that are there already are left. Returns how many came.
 
-    There already: the same prompt, answers, ranks and annotator, with the same `id` if the row has one. A file that
-    says the same n times counts n times.
+    There already: the `id` of a choice of that person among those answers or, without an id, the same prompt, answers,
+    ranks and annotator. A file that says the same n times counts n times.
     """
     first: dict[tuple[str, str, tuple[int, ...]], str] = {}  # what a repeat repeats
-    known = {(r.facts.get("id"), _said(r)) for r in rankings_of(choices)}
-    rankings = [r for r in rankings if (r.facts.get("id"), _said(r)) not in known]  # an export of this very file
+    there_already = [_is_there(choices, ranking) for ranking in rankings]  # an export of this very file, too
     added = 0
-    for key, ranking in _named(rankings):
+    for key, ranking in _named(rankings, there_already):
         name = ranking.annotator or "import"
         if name not in choices.annotators():
             choices.add_annotator(name)
@@ -135,16 +134,28 @@ def _extra(ranking: Ranking) -> dict[str, Any]:
     return {name: value for name in unsaid if (value := getattr(ranking, name)) != unsaid[name]}
 
 
-def _named(rankings: Sequence[Ranking]) -> Iterator[tuple[str, Ranking]]:
-    """What can be stored of the rankings, each with the id of its task."""
+def _is_there(choices: Choices, ranking: Ranking) -> bool:
+    """Whatever was chosen since: what was taken back does not come back with an earlier export."""
+    id_ = ranking.facts.get("id")
+    task = choices.task(id_) if isinstance(id_, str) else None
+    if task is None or task.annotator != (ranking.annotator or "import"):
+        return False
+    item = choices.item(task.item)
+    return item.messages == ranking.prompt.messages and set(ranking.texts) <= set(item.responses)
+
+
+def _named(rankings: Sequence[Ranking], leave: Sequence[bool]) -> Iterator[tuple[str, Ranking]]:
+    """What can be stored of the rankings, each with the id of its task; those to `leave` count for the ids only."""
     seen: Counter[str] = Counter()
-    for ranking in rankings:
+    for ranking, left in zip(rankings, leave, strict=True):
         id_ = ranking.facts.get("id")
         if not isinstance(id_, str):
             said = (ranking.texts, ranking.ranks, ranking.ties_equal, ranking.annotator, *_extra(ranking).items())
             id_ = content_hash(list(ranking.prompt.messages), *said)
         seen[id_] += 1
         id_ += f"#{seen[id_]}" if seen[id_] > 1 else ""
+        if left:
+            continue
         parts = _representable(ranking)
         yield from ((id_ if part is ranking else f"{id_}/{n}", part) for n, part in enumerate(parts))
 

@@ -98,11 +98,6 @@ class Judge:
         )
 
     @property
-    def transient(self) -> bool:
-        """Busy servers and spent budgets pass."""
-        return True
-
-    @property
     def relative(self) -> bool:
         return self.mode != "pointwise"
 
