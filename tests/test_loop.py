@@ -429,6 +429,26 @@ class TestNothingToCompare:
         down.rmdir()
         assert go(tmp_path / "run", tree, engine=engine).summary["unscored"] == {}
 
+    def test_scorer_that_goes_away_in_a_later_round(self, tree: Tree, tmp_path: Path) -> None:
+        """The rounds before it are judged, and it goes on from there."""
+        down = tmp_path / "down"
+        scorer = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
+
+        class Leaves(FakeEngine):
+            def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
+                yield from super().sample(prompts, plan)
+                if plan.group_size == 3:
+                    down.mkdir(exist_ok=True)
+
+        tree |= {"scorers": [scorer], "rounds": 2, "later_rounds": {"generate": {"group_size": 3}}}
+        engine = Leaves(lambda prompt, seed: "ab1"[seed % 3] * 3)
+        summary = go(tmp_path / "run", tree, engine=engine).summary
+        assert [r["round"] for r in summary["rounds"]] == [1]
+        assert summary["why"].startswith("round 2: none of 18 answers could be scored (judge: ConnectionError: nobody")
+        down.rmdir()
+        again = go(tmp_path / "run", tree, engine=engine).summary
+        assert [r["round"] for r in again["rounds"]] == [1, 2] and again["unscored"] == {}
+
     def test_no_prompt_can_be_answered(self, tree: Tree, tmp_path: Path) -> None:
         """The tiny model's context is 512 tokens."""
         long = write_prompts(tmp_path / "p.jsonl", 0, tuple(f"{word} " * 600 for word in WORDS))

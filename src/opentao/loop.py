@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opentao.config import Config
-from opentao.errors import TrainError
+from opentao.errors import ScoreError, TrainError
 from opentao.evaluate import Evaluation, evaluate, round_summary
 from opentao.generate import generate
 from opentao.guard import best_of, watch
@@ -67,10 +67,12 @@ def run(
             groups = score(session, shards, f"round {round_}: score")
             try:
                 policy, facts = train(session, round_, policy, groups)
-            except TrainError as error:
+                outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
+            except (TrainError, ScoreError) as error:
+                if isinstance(error, ScoreError) and round_ == 1:
+                    raise  # there is nothing to judge
                 progress.note(f"round {round_}: {error}")
                 return finish(session, outcomes, prediction, stopped=str(error))
-            outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
             outcome.unscored += unscored(groups)
             outcome.failures += failures(groups)
             outcomes.append(outcome)
