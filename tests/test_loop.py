@@ -387,6 +387,19 @@ class TestKeepBase:
         assert [r["round"] for r in summary["rounds"]] == [1] and summary["policy"] is None
 
 
+class Leaves(FakeEngine):
+    """After groups of three, the scorer `Flaky` is not there any more."""
+
+    def __init__(self, down: Path) -> None:
+        self.down = down
+        super().__init__(lambda prompt, seed: "ab1"[seed % 3] * 3)
+
+    def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
+        yield from super().sample(prompts, plan)
+        if plan.group_size == 3:
+            self.down.mkdir(exist_ok=True)
+
+
 class TestNothingToCompare:
     """No verdict where nothing was measured: the run ends with an error, and goes on once that is mended."""
 
@@ -415,14 +428,8 @@ class TestNothingToCompare:
         down = tmp_path / "down"
         scorer = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
 
-        class Leaves(FakeEngine):
-            def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
-                yield from super().sample(prompts, plan)
-                if plan.group_size == 3:
-                    down.mkdir(exist_ok=True)
-
         tree |= {"scorers": [scorer], "generate": tree["generate"] | {"group_size": 3}}
-        engine = Leaves(lambda prompt, seed: "ab1"[seed % 3] * 3)
+        engine = Leaves(down)
         with pytest.raises(ScoreError, match=r"^round 1: none of 18 answers could be scored \(judge: "):
             go(tmp_path / "run", tree, engine=engine)
         assert not (tmp_path / "run/round-1/policy").exists()
@@ -434,14 +441,8 @@ class TestNothingToCompare:
         down = tmp_path / "down"
         scorer = {"type": "toy_scorers:Flaky", "name": "judge", "args": {"down": str(down)}}
 
-        class Leaves(FakeEngine):
-            def sample(self, prompts: Sequence[Prompt], plan: SamplingPlan) -> Iterator[Group]:
-                yield from super().sample(prompts, plan)
-                if plan.group_size == 3:
-                    down.mkdir(exist_ok=True)
-
         tree |= {"scorers": [scorer], "rounds": 2, "later_rounds": {"generate": {"group_size": 3}}}
-        engine = Leaves(lambda prompt, seed: "ab1"[seed % 3] * 3)
+        engine = Leaves(down)
         summary = go(tmp_path / "run", tree, engine=engine).summary
         assert [r["round"] for r in summary["rounds"]] == [1]
         assert summary["why"].startswith("round 2: none of 18 answers could be scored (judge: ConnectionError: nobody")
