@@ -532,7 +532,7 @@ def test_items_of_a_file(tmp_path: Path) -> None:
     for bad, reason in (
         ('{"prompt": "x"}', "rows.jsonl:1: responses: expected a list of texts"),
         ('{"responses": ["a", "b"]}', "rows.jsonl:1: expected `prompt`"),
-        ("{", "rows.jsonl:1: not valid JSON"),
+        ("{", "rows.jsonl:1: invalid JSON in the row"),
         ("", "no prompt with at least two different answers"),
     ):
         path.write_text(bad)

@@ -216,6 +216,18 @@ class TestSet:
     def test_mistakes(self, config_file: Path, override: str, expected: str) -> None:
         assert expected in complaint(config_file, GOOD, override)
 
+    def test_a_mistake_between_two_keys(self, config_file: Path) -> None:
+        """The message names the one, the override gave the other."""
+        online = GOOD.replace("objective: regress", "objective: online")
+        given = ["seed=3", "generate.top_p=0.5", "rounds=1"]
+        assert complaint(config_file, online, *given).startswith(
+            "--set generate.top_p=0.5: train.objective: importance"
+        )
+        in_file = f"{config_file.name}:11: train.objective: importance"
+        assert complaint(config_file, online + "generate: {top_p: 0.5}\n", "seed=3").startswith(in_file)
+        both = ["generate.top_p=0.5", "train.objective=online"]
+        assert complaint(config_file, GOOD, *both).startswith("--set train.objective=online: train.objective")
+
 
 class TestLaterRounds:
     LATER = "later_rounds:\n  train: {objective: online, epochs: 1}\n  generate: {max_new_tokens: 9}\n"

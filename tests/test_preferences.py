@@ -137,7 +137,9 @@ def ranked(responses: Any, ranks: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("{'prompt': 'x'}", "not valid JSON: Expecting property name enclosed in double quotes"),
+        ("{'prompt': 'x'}", "invalid JSON in the row: Expecting property name enclosed in double quotes"),
+        ('{"prompt": "x", "chosen": "a", "rejected": "b", "chosen": "c"}', "key 'chosen' is given twice in the row"),
+        ("[" * 100_000, "invalid JSON in the row: nested too deeply"),
         ("[1, 2]", "expected an object, got list"),
         ("null", "expected an object, got NoneType"),
         ({"chosen": "a", "rejected": "b"}, NO_PROMPT),

@@ -251,6 +251,16 @@ def test_several_trailing_assistant_turns_are_kept_as_turns(tmp_path: Path) -> N
     assert second.meta["logged_response"] == [{"role": "assistant", "content": "", "tool_calls": [{"id": "7"}]}]
 
 
+def test_two_logged_responses_are_one_too_many(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "At the depot."}
+    row = {"messages": [*CHAT, said], "logged_response": "Sold out."}
+    reading = read(tmp_path, row, {"messages": CHAT, "logged_response": "Sold out."})
+    assert [p.meta for p in reading.prompts] == [{"logged_response": "Sold out."}]
+    assert [(s.line, s.reason) for s in reading.set_aside] == [
+        (1, "an answer ends the chat, and there is logged_response beside it: expected one of them")
+    ]
+
+
 def test_an_assistant_turn_in_the_middle_stays(tmp_path: Path) -> None:
     chat = [CHAT[1], {"role": "assistant", "content": "Which?"}, {"role": "user", "content": "The blue one."}]
     [prompt] = read(tmp_path, {"messages": chat}).prompts

@@ -271,7 +271,7 @@ def re_line(output: str, start: str) -> bool:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("{", "not valid JSON"),
+        ("{", "invalid JSON in the row"),
         ("[]", "expected an object"),
         ('{"responses": ["a"], "values": [1]}', "expected `prompt`"),
         ('{"prompt": "x", "responses": "a", "values": [1]}', "responses: expected a list of texts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,18 @@ def test_an_encoder_reads_one_conversation_at_a_time(tiny_model_dir: Path, tmp_p
     assert train(reward_model, toy_rankings(4), lr=1e-3)[-1].loss > 0
 
 
+def test_an_answer_too_long_for_an_encoder_leaves_the_others_their_scores(tiny_model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**SMALL, num_labels=1, pad_token_id=0, initializer_range=0.3)
+    folder = foreign_folder(tiny_model_dir, tmp_path / "rm", BertForSequenceClassification(config), CHATML)
+    scorer = build_scorer(ScorerConfig(type="reward_model", args={"model": str(folder)}))
+    prompt, long = Prompt(messages=tuple(MESSAGES)), "late " * config.max_position_embeddings
+    groups = [Group.of_texts(prompt, [long, *ANSWERS]), Group.of_texts(prompt, [long])]
+    (first, *others), alone = run_scorer_many(scorer, groups)
+    assert [s.value for s in others] == pytest.approx(plain_scores(folder), abs=1e-4)
+    assert all(re.fullmatch(r"too_long: \d+ tokens, \d+ fit", str(s.error)) for s in (first, *alone))
+
+
 def test_an_encoder_gets_its_own_special_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Its head reads [CLS], which no chat template of ours writes; and it reads so many tokens and no more."""
     torch.manual_seed(0)
@@ -265,6 +278,13 @@ def test_an_encoder_gets_its_own_special_tokens(tiny_model_dir: Path, tmp_path: 
     assert all(response[-1] == last for response in sequences.responses_NR)
     with pytest.raises(ModelError, match=rf"has \d+ tokens, the reward model reads {config.max_position_embeddings}"):
         reward_model.encode(MESSAGES, ["late " * config.max_position_embeddings])
+    reward_model.tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    reward_model.tokenizer.bos_token = None
+    reward_model.tokenizer.chat_template = "[CLS]{{ messages[0].content }}{{ messages[-1].content }}"
+    [ids] = reward_model.conversations(MESSAGES, ["It is late."])
+    assert (
+        ids.count(reward_model.tokenizer.cls_token_id) + ids.count(first) == 1
+    )  # what the template writes, and no more
 
 
 def test_what_is_not_a_reward_model(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from opentao.bestofn import target_log_ratio
 from opentao.config import Config, GenerateConfig, TrainConfig
-from opentao.errors import ModelError, TrainError
+from opentao.errors import ModelError, ScoreError, TrainError
 from opentao.objectives import OBJECTIVES, Totals
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise, rate
 from opentao.policy import Policy, load_for_training, recompute_activations
@@ -424,6 +424,14 @@ def test_no_informative_group_no_step(run: Run, base: Policy) -> None:
     assert facts == facts | {"groups": 2, "informative": 0, "steps": 0}
     assert session.progress.notes == ["round 1: all rewards are equal in every group: no step taken, policy unchanged"]
     assert not run.path("round-1/policy").exists()
+
+
+def test_a_scorer_that_failed_is_no_reason_to_drop_a_policy(run: Run, base: Policy) -> None:
+    session = open_stage(run, base)
+    train(session, 1, base, some_groups())
+    with pytest.raises(ScoreError):
+        train(session, 1, base, [group_of(0, [NAN, NAN])])
+    assert run.path("round-1/policy").exists()
 
 
 def test_a_loss_that_is_not_a_number_stops_and_saves_nothing(run: Run, base: Policy) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opentao.errors import DataError
-from opentao.prompts import ROLES, rows_of
+from opentao.prompts import ROLES, from_json, rows_of
 from opentao.store import write_whole
 from opentao.types import Message, Prompt
 
@@ -117,7 +117,7 @@ def preference_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(line: str) -> Any:
     try:
-        return json.loads(line)
+        return from_json(line, "the row")
     except ValueError as error:
         return error
 
@@ -125,7 +125,7 @@ def _parse(line: str) -> Any:
 def as_object(row: Any) -> dict[str, Any]:
     """A row of `preference_rows` that is an object. Raises ValueError with what was expected."""
     if isinstance(row, ValueError):
-        raise ValueError(f"not valid JSON: {row}")
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     return row

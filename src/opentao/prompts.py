@@ -150,7 +150,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
     text = _text(path)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
-            items = _from_json(text, "the array")
+            items = from_json(text, "the array")
         except _BadRow as error:
             yield 1, error
             return
@@ -230,7 +230,11 @@ def _parse(row: object) -> tuple[Prompt, str]:
         key, turns = _turns(fields)
         tools = _tools(fields.pop("tools", None))
         asked = _num_asked(turns)
-        meta = _meta(fields) | ({LOGGED: _logged(turns[asked:])} if asked < len(turns) else {})
+        meta = _meta(fields)
+        if asked < len(turns):
+            if LOGGED in meta:
+                raise _BadRow(f"an answer ends the chat, and there is {LOGGED} beside it: expected one of them")
+            meta[LOGGED] = _logged(turns[asked:])
         prompt = Prompt(messages=tuple(turns[:asked]), tools=tuple(tools), meta=meta)
         _check_unicode(prompt)
     except RecursionError:
@@ -241,14 +245,15 @@ def _parse(row: object) -> tuple[Prompt, str]:
 def _object(row: object) -> dict[str, Any]:
     if isinstance(row, _BadRow):
         raise row
-    value = _from_json(row, "the row") if isinstance(row, str) else row
+    value = from_json(row, "the row") if isinstance(row, str) else row
     if not isinstance(value, dict):
         raise _BadRow(f"expected an object with `prompt` or `messages`, got {type(value).__name__}")
     plain: dict[str, Any] = _plain(value)
     return plain
 
 
-def _from_json(text: str, what: str) -> Any:
+def from_json(text: str, what: str) -> Any:
+    """The value. Raises ValueError with what is wrong, a key that is given twice included."""
     try:
         if what == "the array":  # of all rows: one with a repeated key must not cost the others
             return json.loads(text)
@@ -289,7 +294,7 @@ def _unwrap(row: dict[str, Any]) -> tuple[dict[str, Any], str]:
         for key in ("request", "body"):
             inner = row.get(key)
             if isinstance(inner, str) and inner.lstrip().startswith("{"):  # Databricks inference tables log it as text
-                inner = _plain(_from_json(inner, f"`{key}`"))
+                inner = _plain(from_json(inner, f"`{key}`"))
             if isinstance(inner, dict):
                 fields, wrapper = _unwrap(inner)
                 outer = {k: v for k, v in row.items() if k != key}
@@ -308,7 +313,7 @@ def _turns(fields: dict[str, Any]) -> tuple[str, list[Message]]:
     if key == "prompt" and isinstance(value, str):
         value = [{"role": "user", "content": value}]
     elif isinstance(value, str):
-        value = _from_json(value, f"`{key}`")
+        value = from_json(value, f"`{key}`")
     if not isinstance(value, list):
         expected = "text" if key == "prompt" else "a list of chat turns"
         raise _BadRow(f"`{key}` is {type(value).__name__}, expected {expected}")
@@ -362,7 +367,7 @@ def _logged(turns: list[Message]) -> str | list[Message]:
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:
-    tools = _plain(_from_json(value, "`tools`")) if isinstance(value, str) and value else value or []
+    tools = _plain(from_json(value, "`tools`")) if isinstance(value, str) and value else value or []
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _BadRow("`tools` must be a list of JSON schemas")
     return tools
@@ -372,7 +377,7 @@ def _meta(fields: dict[str, Any]) -> dict[str, Any]:
     """Every key that is left, and the content of `meta` if that is an object (or the JSON text of one)."""
     inner = fields.get("meta")
     if isinstance(inner, str) and inner.lstrip().startswith("{"):
-        inner = _plain(_from_json(inner, "`meta`"))
+        inner = _plain(from_json(inner, "`meta`"))
     if inner is not None and not isinstance(inner, dict):
         return fields
     return {k: v for k, v in fields.items() if k != "meta"} | (inner or {})

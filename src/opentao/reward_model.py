@@ -101,8 +101,20 @@ class RewardModel:
         """The conversations as whole token ids, cut after their longest common prefix.
 
         Raises:
-            ModelError: the model's chat template has no place for the instruction, or refuses the conversation, which
-                may also be longer than the model reads.
+            ModelError: as `conversations`, or one is longer than the model reads.
+        """
+        ids = self.conversations(messages, texts, instruction)
+        if (longest := max(map(len, ids))) > self.max_tokens:
+            raise ModelError(f"the conversation has {longest} tokens, the reward model reads {self.max_tokens}")
+        return together(ids)
+
+    def conversations(
+        self, messages: Sequence[Message], texts: Sequence[str], instruction: str = ""
+    ) -> list[list[int]]:
+        """Token ids of the conversation with each text as its answer, however long.
+
+        Raises:
+            ModelError: the model's chat template has no place for the instruction, or refuses the conversation.
         """
         if instruction and not self.takes_instructions:
             raise ModelError("the reward model's chat template has no `instruction`: it was not trained with any")
@@ -117,16 +129,10 @@ class RewardModel:
         except TemplateError as error:
             raise ModelError(f"the reward model's chat template does not take this conversation: {error}") from error
         # A template writes the beginning token where a decoder wants one; encoders want [CLS] and [SEP].
-        first = self.tokenizer.bos_token
+        first = self.tokenizer.bos_token or self.tokenizer.cls_token
         special = not self.reads_last_token and not (first and rendered[0].startswith(first))
         ids: list[list[int]] = self.tokenizer(rendered, add_special_tokens=special).input_ids
-        if self.reads_last_token:
-            ids = [self._as_read(tokens) for tokens in ids]
-        if (longest := max(map(len, ids))) > self.max_tokens:
-            raise ModelError(f"the conversation has {longest} tokens, the reward model reads {self.max_tokens}")
-        # Every conversation keeps at least one own token: that is where its score is read.
-        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
-        return Sequences(prompt_P=tuple(ids[0][:shared]), responses_NR=tuple(tuple(i[shared:]) for i in ids))
+        return [self._as_read(tokens) for tokens in ids] if self.reads_last_token else ids
 
     @property
     def max_tokens(self) -> int:
@@ -195,6 +201,15 @@ class RewardModel:
         ids = torch.tensor(row.tokens_T, device=next(self.model.parameters()).device)[None]
         logits: Tensor = self.model(input_ids=ids).logits
         return logits
+
+
+def together(conversations_NT: Sequence[Sequence[int]]) -> Sequences:
+    """What all start with, once; every conversation keeps at least one token, where its score is read."""
+    shared = min(common_prefix(conversations_NT), min(map(len, conversations_NT)) - 1)
+    return Sequences(
+        prompt_P=tuple(conversations_NT[0][:shared]),
+        responses_NR=tuple(tuple(tokens[shared:]) for tokens in conversations_NT),
+    )
 
 
 def guided_template(tokenizer: PreTrainedTokenizerBase, question: str = QUESTION) -> str:

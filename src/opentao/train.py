@@ -229,9 +229,9 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
+        require_scores(session, groups, f"round {round_}")  # a scorer that failed is no reason to drop a policy
         run.discard(name)  # of an earlier config
         checkpoint.discard()
-        require_scores(session, groups, f"round {round_}")
         facts["idle"] = "all rewards are equal in every group"
         session.progress.note(f"round {round_}: {facts['idle']}: no step taken, policy unchanged")
         run.write_json(steps, key, [])

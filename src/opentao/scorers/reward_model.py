@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from opentao.errors import ModelError, ScoreError
 from opentao.models import resolve_model
-from opentao.reward_model import RewardModel
+from opentao.reward_model import RewardModel, together
+from opentao.scorers.plugin import Rating, unscored
 from opentao.types import Group
 
 
@@ -51,17 +52,30 @@ class RewardModelScorer:
         self.trust_remote_code = trust_remote_code
         self._loaded: RewardModel | None = None
 
-    def score(self, group: Group) -> list[float]:
+    def score(self, group: Group) -> list[Rating]:
         return self.score_many([group])[0]
 
-    def score_many(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Several groups share a packed row, and what all their prompts start with is computed once."""
+    def score_many(self, groups: Sequence[Group]) -> list[list[Rating]]:
+        """Several groups share a packed row, and what all their prompts start with is computed once.
+
+        An answer that makes its conversation longer than the model reads is unscored, the others of its group are not.
+        """
         if self._loaded is None:
             self._loaded = self._load()
-        encoded = [
-            self._loaded.encode(g.prompt.messages, [r.text for r in g.responses], self.instruction) for g in groups
+        model, most = self._loaded, self._loaded.max_tokens
+        asked = [
+            model.conversations(g.prompt.messages, [r.text for r in g.responses], self.instruction) for g in groups
         ]
-        return [[self._value(h) for h in heads] for _, heads in self._loaded.score_heads(encoded, self.row_tokens)]
+        read = [[ids for ids in own if len(ids) <= most] for own in asked]
+        scored = model.score_heads([together(own) for own in read if own], self.row_tokens)
+        heads = (heads_K for _, heads_NK in scored for heads_K in heads_NK)
+        return [
+            [
+                self._value(next(heads)) if len(ids) <= most else unscored("too_long", f"{len(ids)} tokens, {most} fit")
+                for ids in own
+            ]
+            for own in asked
+        ]
 
     def _load(self) -> RewardModel:
         try:
