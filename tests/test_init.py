@@ -10,11 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from opentao.config import Config, load_config
+from opentao.config import Config, ScorerConfig, load_config
 from opentao.errors import ConfigError
 from opentao.init import template, write_config
 
-CHOSEN = {"prompts.path", "scorers", "audit"}  # keys whose value is an example, not a default
+CHOSEN = {"prompts.path", "scorers"}  # keys whose value is an example, not a default
 NESTED = {"train.lora"}  # sections that the template writes on one line
 
 
@@ -85,5 +85,6 @@ def test_its_scorers_can_be_built() -> None:
     from opentao.scorers.registry import build_scorer
 
     config = Config.model_validate(yaml.safe_load(template()))
-    assert config.audit is not None
-    assert [build_scorer(s).name for s in (*config.scorers, config.audit)] == ["json_schema", "length"]
+    [audit] = re.findall("^# +audit: ({.*})$", template(), flags=re.MULTILINE)
+    scorers = [*config.scorers, ScorerConfig.model_validate(yaml.safe_load(audit))]
+    assert [build_scorer(s).name for s in scorers] == ["json_schema", "exact"]

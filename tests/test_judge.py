@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -216,6 +217,27 @@ def test_a_fence_around_the_verdict_is_allowed(server: Server) -> None:
 def test_a_ranking_of_the_wrong_length_or_kind_is_no_ranking(server: Server, ranking: Any) -> None:
     server.usual = says({"ranking": ranking})
     assert {kind(s) for s in ask(server, "a", "b")} == {"nonsense"}
+
+
+def test_ctrl_c_asks_no_more(server: Server) -> None:
+    """What waits for its turn is not asked, and not paid for."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stopped_at_the_third(handler: Any, body: dict[str, Any]) -> None:
+        if len(server.requests) == 3:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)
+        says({"score": 5})(handler, body)
+
+    server.usual = stopped_at_the_third
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(server, *map(str, range(30)), mode="pointwise", concurrency=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    asked = len(server.requests)
+    time.sleep(0.2)
+    assert asked == len(server.requests) < 12
 
 
 def test_a_server_that_hangs_or_drips_costs_its_time_limit(server: Server) -> None:

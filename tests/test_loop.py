@@ -17,7 +17,7 @@ from tiny import WORDS, tiny_config, write_prompts
 from opentao import loop
 from opentao.config import Config
 from opentao.engines.fake import FakeEngine
-from opentao.errors import DataError, ModelError, ScoreError, StoreError
+from opentao.errors import BrokenModelError, DataError, ModelError, ScoreError, StoreError
 from opentao.objectives import OBJECTIVES, Objective
 from opentao.progress import Progress
 from opentao.session import open_session
@@ -219,6 +219,14 @@ class TestResume:
         assert {n for n in first if n.startswith(("round-1/groups/", "round-0/eval/groups/", "prompts/"))} <= same
         assert "round-1/scores/00000.parquet" not in same
         assert "round-1/policy/model.safetensors" not in same
+
+    def test_knobs_of_memory_change_nothing(self, tree: Tree, tmp_path: Path) -> None:
+        """Out of memory, one turns them down and starts again: what is there counts."""
+        first = go(tmp_path / "run", tree)
+        knobs = {"row_tokens": 256, "gradient_checkpointing": True, "save_every_steps": 1}
+        tree |= {"generate": tree["generate"] | {"batch_responses": 2}, "train": tree["train"] | knobs}
+        again = go(tmp_path / "run", tree, engine=NoEngine())
+        assert again.files() == first.files()
 
     def test_fewer_prompts_leave_no_stale_shards(self, tree: Tree, tmp_path: Path) -> None:
         go(tmp_path / "run", tree)
@@ -481,12 +489,17 @@ class TestBadInput:
         """Prompts that the scorer cannot judge are counted and left out; the others train."""
         mixed = write_prompts(tmp_path / "p.jsonl", 20, tuple(f"unscorable {w} case" for w in ("one", "two", "three")))
         tree |= {"prompts": tree["prompts"] | {"path": str(mixed)}, "prompts_per_round": 30}
-        summary = go(tmp_path / "run", scored_by(tree, "letters_or_nothing")).summary
+        case = go(tmp_path / "run", scored_by(tree, "letters_or_nothing"))
+        summary = case.summary
         train = summary["rounds"][0]["train"]
         num_unscorable = train["groups"] - train["informative"]
         assert 0 < num_unscorable <= 3
         assert train["steps"] > 0
         assert summary["unscored"]["judge"] >= 4 * num_unscorable
+        said = (
+            f"round 1: score: {4 * num_unscorable} of {4 * train['groups']} answers unscored, most for judge: no_score:"
+        )
+        assert any(note.startswith(said) for note in case.notes)
         assert summary["base"]["first_try"]["n"] == summary["prompts"]["heldout"] - (3 - num_unscorable)
 
     def test_prompt_longer_than_the_context(self, tree: Tree, tmp_path: Path) -> None:
@@ -494,13 +507,14 @@ class TestBadInput:
         long = tuple(f"{word} " * 600 for word in ("parcel", "refund", "order", "link", "mail", "price", "late", "app"))
         mixed = write_prompts(tmp_path / "p.jsonl", 20, long)
         tree |= {"prompts": tree["prompts"] | {"path": str(mixed), "max_heldout": 30}, "prompts_per_round": 30}
-        summary = go(tmp_path / "run", tree).summary
-        assert summary["prompts"] == {
-            "train": 28 - summary["prompts"]["heldout"],
-            "heldout": summary["prompts"]["heldout"],
-        }
+        case = go(tmp_path / "run", tree)
+        summary = case.summary
+        train = 28 - summary["prompts"]["heldout"]
+        assert summary["prompts"] == {"train": train, "heldout": 28 - train, "sampled": train, "unused": 0}
         heldout = summary["prompts"]["heldout"] - summary["base"]["first_try"]["n"]
         assert 0 < heldout < 8  # both sides have some
+        said = f"base: held-out: {heldout} of {28 - train} prompts could not be answered (prompt_too_long {heldout})"
+        assert said in case.notes
         assert summary["failures"] == {"prompt_too_long": 2 * heldout + (8 - heldout)}  # two evaluations, one round
         assert summary["rounds"][0]["train"]["steps"] > 0
         assert summary["rounds"][0]["kl"]["n"] == summary["base"]["first_try"]["n"]
@@ -509,6 +523,30 @@ class TestBadInput:
         summary = go(tmp_path, tree | {"audit": None}).summary
         assert summary["audit"] is None
         assert summary["rounds"][0]["audit"] is None
+
+
+def test_prompts_that_no_round_reached(tree: Tree, tmp_path: Path) -> None:
+    summary = go(tmp_path, tree | {"prompts_per_round": 5, "rounds": 2}).summary
+    numbers = summary["prompts"]
+    assert numbers["sampled"] == 10
+    assert numbers["unused"] == 40 - numbers["heldout"] - 10  # held-out ones over max_heldout are among them
+    assert summary["config"] == (tmp_path / "config.yaml").read_text()
+
+
+def test_weights_that_break_while_they_are_trained(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out when the round is measured; the rounds before it are judged."""
+    measure = loop.measure
+
+    def breaking(session: Any, round_: int, *args: Any, **kwargs: Any) -> Any:
+        if round_ == 2:
+            raise BrokenModelError("the model's logits are not finite")
+        return measure(session, round_, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "measure", breaking)
+    case = go(tmp_path, tree | {"rounds": 2})
+    assert [r["round"] for r in case.summary["rounds"]] == [1]
+    assert case.summary["why"].startswith("the model's logits are not finite. ")
+    assert "round 2 is not judged: the model's logits are not finite" in case.notes
 
 
 class TestNotANumber:
@@ -536,7 +574,7 @@ class TestNotANumber:
         assert "last good policy kept" in case.summary["why"]
         assert not (tmp_path / "round-1/policy").exists()
         assert (tmp_path / "report.html").exists()
-        assert any(note.startswith("round 1: step 0: loss nan") for note in case.notes)
+        assert any(note.startswith("round 1 is not judged: step 0: loss nan") for note in case.notes)
 
     def test_in_the_second_round_and_then_no_more(
         self, finished: Case, tmp_path: Path, nan_from: Any, monkeypatch: pytest.MonkeyPatch

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import Tree, go, prompts, scored_by, tree  # noqa: F401  # fixtures
 
-from opentao.bestofn import Interval
-from opentao.predict import picked, why_flat
+from opentao.bestofn import Interval, paired_difference
+from opentao.predict import picked, too_few, why_flat
 from opentao.solved import full_marks, solved
 
 HERE = Path(__file__).parent
@@ -107,6 +107,10 @@ class TestFlat:
         assert "the audit of the best of 16 is +0.020" in str(why_flat([1.0] * 64, 16, doubtful))
         assert why_flat([1.0] * 64, 16, Interval(mean=0.02, low=0.01, high=0.03, n=64)) is None
 
+    def test_too_few_to_be_promoted(self) -> None:
+        assert too_few(paired_difference([1.0] * 8, [0.0, 0.5] * 4)) is None
+        assert "fewer than 8 held-out prompts" in (too_few(paired_difference([1.0] * 7, [0.0] * 7)) or "")
+
     def test_an_audit_that_says_nothing_forbids_nothing(self) -> None:
         assert why_flat([1.0] * 8, 16, Interval(mean=NAN, low=NAN, high=NAN, n=0)) is None
 
@@ -120,7 +124,10 @@ class TestInARun:
         assert prediction["first_try"] == base["first_try"]
         assert prediction["curve"] == base["best_of"]
         assert prediction["target"]["mean"] >= prediction["curve"]["4"]["mean"] - 1e-9
-        assert any("predicted, if all of best-of-16 is baked" in note for note in case.notes)
+        assert any(
+            "predicted, if all of best-of-4 (all that was sampled; target_n is 16) is baked" in note
+            for note in case.notes
+        )
 
     def test_flat_stops_before_any_training(self, tmp_path: Path, tree: Tree) -> None:  # noqa: F811
         asked: list[str] = []
@@ -158,7 +165,7 @@ class TestCommand:
         config.write_text(yaml.safe_dump(tree))
         arguments = [str(config), "--run", str(tmp_path / "run")]
         app(["predict", *arguments], standalone_mode=False)
-        assert "best of 16, baked" in capsys.readouterr().out
+        assert "best of 4, baked" in capsys.readouterr().out
         groups = next((tmp_path / "run/round-0/eval/groups").iterdir())
         before = groups.stat().st_mtime_ns
         app(["predict", *arguments, "--json"], standalone_mode=False)

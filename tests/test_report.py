@@ -96,19 +96,72 @@ def test_every_picture_says_over_how_many_prompts(tmp_path):
     own = summary()
     assert "Mean over n = 64 held-out prompts" in report(write_run(tmp_path / "same", own)).text
     for round_ in (own["base"], *own["rounds"]):
-        round_["audit"]["first_try"]["n"] = 30
+        for mean_ in (
+            round_["audit"]["first_try"],
+            *round_["audit"]["best_of"].values(),
+            *round_["audit"]["selected_of"].values(),
+        ):
+            mean_["n"] = 30
+    own["base"]["best_of"]["16"]["n"] = 39  # so many have 16 answers that could be scored
+    own["rounds"][1]["first_try"]["n"] = 63
     write_run(tmp_path / "other", own)
     text = report(tmp_path / "other").text
-    assert "Mean over n = 64, 30 (from left to right) held-out prompts" in text
-    assert "n = 64, 30, 64 (from left to right);" in text
+    assert "Mean over n = 39 to 64, 30 (from left to right) held-out prompts" in text
+    assert "n = 63 to 64, 30, 64 (from left to right);" in text
+    assert re.search(r" 16 [0-9.]+ [0-9.]+ to [0-9.]+ n = 39 ", text)
+    assert "after, n = 64, 63 (before, after)" in text
 
 
 def test_predicted_and_achieved(tmp_path):
     text = report(write_run(tmp_path, summary())).text
     assert "if all of best-of-16 is baked" in text
     assert "reward 0.14 0.08 to 0.20 0.86 0.80 to 0.92 0.74 0.68 to 0.80 83 %" in text
-    assert "base, by reward 11 % · 29 % · 60 %" in text
-    assert "on how many of 64 prompts all, some or none of 4 tries get full marks" in text
+    assert "base, by reward ≥ 1 11 % · 29 % · 60 %" in text
+    assert "on how many of 64 prompts all, some or none of 4 tries score so high" in text
+
+
+def test_a_prediction_says_which_best_of_n_it_is_of(tmp_path):
+    numbers = summary()
+    numbers["prediction"]["target_n"] = 64
+    text = report(write_run(tmp_path, numbers)).text
+    assert "if all of best-of-16 (all that was sampled; target_n is 64) is baked" in text
+
+
+def test_prompts_that_were_not_used(tmp_path):
+    numbers = summary()
+    assert "not used" not in report(write_run(tmp_path / "all", numbers)).text
+    numbers["prompts"] |= {"sampled": 40, "unused": 1200}
+    text = report(write_run(tmp_path / "some", numbers)).text
+    assert f"{numbers['prompts']['train']} training prompts (40 sampled), 64 held out" in text
+    assert "1,200 prompts were not used: beyond max_heldout" in text
+
+
+def test_small_gains_have_digits(tmp_path):
+    numbers = summary()
+    numbers["rounds"][1]["improvement"] = mean(0.004, 0.003)
+    assert "+0.004 on the same prompts (0.001 to 0.007)" in report(write_run(tmp_path, numbers)).text
+
+
+def test_what_after_is_where_the_base_is_kept(tmp_path):
+    """A round that was stopped has the highest reward, and is not what the verdict was about."""
+    numbers = summary() | {"best_round": 0, "verdict": "keep base", "policy": None}
+    numbers["rounds"][1]["guard"]["tripped"] = "Round 2 was stopped as over-optimised"
+    for round_ in (numbers["base"], *numbers["rounds"]):  # no curve: nothing to say about tries
+        round_["best_of"] = {k: mean(0.5, 0.1) for k in round_["best_of"]}
+    write_run(tmp_path / "first", numbers)
+    assert "“After” is round 1, the best round that was tried; it is not kept." in report(tmp_path / "first").text
+    numbers["rounds"][0]["guard"]["tripped"] = "Round 1 was stopped"
+    write_run(tmp_path / "both", numbers)
+    assert "“After” is round 2, which was stopped; it is not kept." in report(tmp_path / "both").text
+
+
+def test_many_rounds_are_not_all_named():
+    from opentao.report import MOST_ROUNDS_NAMED, _history
+
+    means = {k: Mean(**mean(0.5, 0.1)) for k in range(21)}
+    names = re.findall(r'class="tick middle">(\w+)</text>', _history("x", means, []).svg)
+    assert names[:3] == ["base", "3", "6"]
+    assert len(names) - 1 <= MOST_ROUNDS_NAMED  # and "round" below
 
 
 def test_continuous_scores_are_not_called_solved(tmp_path):
@@ -126,7 +179,7 @@ def test_full_marks_that_are_not_one_are_named_by_their_own_scale(tmp_path):
         round_["solved"]["at"] = 2.5
     text = report(write_run(tmp_path, numbers)).text
     assert "base, by reward ≥ 2.5 11 %" in text
-    assert "base, by audit 15 %" in text
+    assert "base, by audit ≥ 1 15 %" in text
 
 
 def test_a_flat_prediction_is_on_the_page(tmp_path):
@@ -180,7 +233,7 @@ def test_keep_base_without_audit(tmp_path):
     numbers |= {"baselines": [], "set_aside": {"rows": 0, "reasons": {}}, "unscored": {}, "failures": {}}
     for r in (numbers["base"], *numbers["rounds"]):
         r["audit"] = None
-    numbers["rounds"][1]["first_try"] = mean(0.97)
+    numbers["rounds"][1] |= {"first_try": mean(0.97), "improvement": mean(0.83)}
     page = report(write_run(tmp_path, numbers))
     assert "Keep the base" in page.text
     assert "No round beat the base." in page.text

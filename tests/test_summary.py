@@ -86,13 +86,16 @@ def test_stages_are_summed_over_all_rounds_in_loop_order():
 def test_after_is_the_kept_round_or_the_best_that_was_tried():
     numbers = summary(3)
     assert parse(Summary, numbers | {"best_round": 2}, "x").shown.round == 2
-    numbers["rounds"][2]["first_try"] = NOTHING
+    numbers["rounds"][2]["improvement"] = NOTHING
     assert parse(Summary, numbers | {"best_round": 0}, "x").shown.round == 2
     assert parse(Summary, summary(0), "x").shown is None
 
 
 def test_numbers_in_words():
     assert [number(v) for v in (0.125, -1.5, None)] == ["0.12", "−1.50", "–"]
-    assert [signed(v) for v in (0.2, -0.2, None)] == ["+0.20", "−0.20", "–"]
+    assert number(-0.001) == "0.00"
+    assert [signed(Mean(**m)) for m in (mean(0.2, 0.1), mean(-0.2, 0.1), NOTHING)] == ["+0.20", "−0.20", "–"]
+    assert signed(Mean(**mean(0.004, 0.003))) == "+0.004"
+    assert interval(Mean(**mean(0.004, 0.003))) == "0.001 to 0.007"
     assert interval(Mean(**mean(0.5, 0.1))) == "0.40 to 0.60"
     assert interval(Mean(**NOTHING)) == interval(None) == "–"

@@ -482,7 +482,8 @@ def test_resumed_training_ends_with_the_same_bytes(
 ) -> None:
     settings = {"method": method, "epochs": 3, "save_every_steps": 2}  # 9 steps
     with Run(tmp_path / "unbroken") as other:
-        unbroken, facts = train(open_stage(other, base, **settings), 1, base, some_groups())
+        whole = open_stage(other, base, **settings)
+        unbroken, facts = train(whole, 1, base, some_groups())
 
     computed: list[int] = []
     real = accumulate
@@ -500,8 +501,12 @@ def test_resumed_training_ends_with_the_same_bytes(
 
     computed.clear()
     monkeypatch.setattr("opentao.train.accumulate", lambda *args: computed.append(1) or real(*args))
-    resumed, same_facts = train(open_stage(run, base, **settings), 1, base, some_groups())
+    session = open_stage(run, base, **settings)
+    resumed, same_facts = train(session, 1, base, some_groups())
     assert len(computed) == 9 - steps_before // 2 * 2  # what the checkpoint held is not computed again
+    before = sum(metrics["tokens"] for metrics in run.read_json("round-1/steps.json")[: 9 - len(computed)])
+    made = session.progress.tokens["train"]
+    assert made == whole.progress.tokens["train"] - before  # nor counted as if this start had made it
     assert same_facts == facts
     assert resumed.hash == unbroken.hash
     weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"

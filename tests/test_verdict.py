@@ -27,6 +27,7 @@ def round_(number: int, gain: Any, audit: Any = None, *, steps: int = 4, tripped
     }
 
 
+FEW = round_(1, UP) | {"improvement": {"mean": 0.3, "low": None, "high": None, "n": 60}}
 BASE = {"first_try": interval(0.5, 0.4)}
 
 
@@ -56,6 +57,10 @@ def test_promoted(rounds: list[dict[str, Any]], best: int, said: str) -> None:
         ([], "No round was trained."),
         ([round_(1, DOUBT)], "No round beats the base beyond doubt: round 1's first try scores +0.020"),
         ([round_(1, DOWN), round_(2, DOUBT)], "beyond doubt: round 2's"),
+        (
+            [FEW],
+            "Fewer than 8 held-out prompts, or clusters of like ones, are no proof: round 1's first try scores +0.3",
+        ),
         ([round_(1, UP, DOWN)], "but the audit moves -0.100"),
         ([round_(1, UP, (-0.1, -0.12)), round_(2, (0.2, -0.01), UP)], "The scorers were gamed: round 1"),
         ([round_(1, UP, (-0.1, -0.12))], "The scorers were gamed: round 1"),

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "evidence.json"
 EXAMPLES = HERE.parents[1] / "examples"
 SEEDS = (0, 1, 2)
-BELONGS = ("task", "db_id", "document")  # meta entries of prompts that are told apart, or held out together
+BELONGS = ("db_id", "document")  # meta entries of prompts that are held out together
 OF_A_PROCESS = ("lock", "owner.json", "spent.json")
 Facts = dict[str, Any]
 Cells = dict[str, Facts]  # name -> what was measured
@@ -212,7 +212,7 @@ def _audit(numbers: Facts) -> Facts:
 def first_tries(directory: Path, round_: int) -> Facts:
     """Of every held-out prompt the mean reward and audit of its answers (null: unscored), and what it belongs to.
 
-    In columns: `id`, `reward`, `audit`, and those of `BELONGS` that all prompts have.
+    In columns: `id`, `reward`, `audit`, those of `BELONGS` that all prompts have, and `task` where they have one.
     """
     folder = f"round-{round_}/eval"
     with Run(directory, read_only=True) as run:
@@ -223,12 +223,20 @@ def first_tries(directory: Path, round_: int) -> Facts:
                 table_to_groups(run.read_table(name)), run.read_table(name.replace("/groups/", "/scores/"))
             )
         ]
+    tasks = [task_of(g.prompt.meta) for g in groups]
     return {
         "id": [g.prompt.id[:8] for g in groups],
         "reward": [_mean(g.rewards_N) for g in groups],
         "audit": [_mean([score.value for score in g.scores.get("audit", ())]) for g in groups],
         **{key: [g.prompt.meta[key] for g in groups] for key in BELONGS if all(key in g.prompt.meta for g in groups)},
+        **({"task": tasks} if all(tasks) else {}),
     }
+
+
+def task_of(meta: Facts) -> str:
+    """What is told apart in tables: the prompt's task, or the types of what it asks for; "" if it has neither."""
+    asked = [*meta.get("constraints", []), *meta.get("unseen", [])]
+    return str(meta.get("task") or " + ".join(c["type"] for c in asked))
 
 
 def _mean(values: Sequence[float]) -> float | None:

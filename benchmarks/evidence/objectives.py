@@ -25,7 +25,8 @@ VARIANTS: dict[str, Facts] = {
     "Dr. GRPO": {"train.objective": "online", "train.advantage": "centred"},
     "RLOO": {"train.objective": "online", "train.advantage": "loo"},
 }
-REWARDS = ("exact", "dbrm", "flipped", "random")
+REWARD_NAMES = {"exact": "exact", "dbrm": "reward model", "flipped": "turned round", "random": "random"}
+REWARDS = tuple(REWARD_NAMES)
 GRID = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 OTHER_QUESTIONS = 7  # a draw of the small tasks' questions, on which rates are chosen
 

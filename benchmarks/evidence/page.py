@@ -7,13 +7,14 @@ from pathlib import Path
 
 import sections
 from lab import EXAMPLES, HERE, Cells, Facts, Lab
-from pooled import average, clear, first_try, gain, of, seeds, verdicts, worst
+from pooled import audited_tasks, average, clear, first_try, gain, of, seeds, verdicts, worst
 from recipes import RECIPES, Recipe
 from rows import head, number, row, signed
 
 DOCS = HERE.parents[1] / "docs"
 PICTURES = DOCS / "pictures"
 START, END = "<!-- measured:start -->", "<!-- measured:end -->"
+MOST_TASKS = 12  # a table of more says nothing at a glance
 MOST_CHARACTERS = 220  # of a prompt's end or an answer, in a transcript
 INTRODUCTION = (
     "Means over three seeds, or over as many as are named; in brackets 95 % intervals over held-out prompts (databases"
@@ -22,7 +23,8 @@ INTRODUCTION = (
     " *After*: the round that was kept, the last one if none was; it is chosen by the reward on the same prompts, which"
     " favours it where the reward is also the audit (model size, several tasks). Differences are paired, prompt by"
     " prompt.\n\nSeeds are of sampling, order and new heads: all seeds of a table start from one base, and those with a"
-    " reward model share it. So intervals and worst seeds do not say how another decoder or another set of choices"
+    " reward model share it (but for the demo, support_triage, whose seeds have tickets and choices of their own). So"
+    " intervals and worst seeds do not say how another decoder or another set of choices"
     " would do.\n\n"
     "What is not a recipe runs on small tasks with one right answer each (`benchmarks/evidence/tasks.py`), on decoders"
     " of so many weights that learnt them here from a corpus that is half wrong; where no size stands, 1M. The audit"
@@ -64,8 +66,8 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
         "after",
         "best of 16, as predicted",
         "verdicts",
-        "random reward",
-        "minutes",
+        "random reward, one round",
+        "minutes of `tao run`",
     )
     for recipe in RECIPES:
         own = of(cells, recipe.name)
@@ -89,6 +91,12 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
             verdicts(noise) if noise else "not run",
             f"{sum(sum(c['seconds'].values()) for c in own) / len(own) / 60:.0f}",
         )
+    yield ""
+    yield (
+        "Random reward: one round on the recipe's own first groups, whatever its own number of rounds. Minutes are "
+        "without the reward model's training. The audit of instruction_following is over prompts of the types that "
+        "stand in its README, each with what became of it: its interval says nothing of other types."
+    )
     yield ""
 
 
@@ -114,10 +122,13 @@ def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     yield ""
     yield f"Audit gain {signed(gain(own, 'audit'))}, paired over prompts; worst seed {worst(own, 'audit'):+.3f}."
     yield f"Verdicts: {verdicts(own)}{_noise(of(lab.kept('random reward'), recipe.name))}."
+    if flat := [c["prediction"]["flat"] for c in own if c["prediction"] and c["prediction"]["flat"]]:
+        yield f"`tao predict` called {len(flat)} of {seeds(own)} flat, and they were run all the same: {flat[0]}."
     minutes = sum(sum(c["seconds"].values()) for c in own) / len(own) / 60
     apart = "" if recipe.verified else ", the reward model's training not counted"
     yield f"A run takes {minutes:.0f} minutes on two cores{apart}."
     yield ""
+    yield from _by_task(own)
     if "pairs" not in own[0]:  # the first seed is not measured
         return
     yield from (
@@ -129,6 +140,18 @@ def readme(recipe: Recipe, own: Sequence[Facts], lab: Lab) -> Iterator[str]:
     yield from head("held-out prompt, its end", "base", "tuned")
     for pair in own[0]["pairs"]:
         yield row(_tail(pair["prompt"]), *(_answer(pair[side]) for side in ("before", "after")))
+    yield ""
+
+
+def _by_task(own: Sequence[Facts]) -> Iterator[str]:
+    """The audit of each kind of prompt, where there are several and few."""
+    tasks = audited_tasks(own)
+    if not 2 <= len(tasks) <= MOST_TASKS:
+        return
+    yield from head("audit of the first try, by kind of prompt", "prompts", "base", "after", "gain")
+    for task in tasks:
+        sides = [first_try(own, side, "audit", task) for side in ("base", "after")]
+        yield row(f"`{task}`", str(sides[0].n), *map(number, sides), signed(gain(own, "audit", task)))
     yield ""
 
 

@@ -12,7 +12,7 @@ from compute import GROUP_SIZES, ROUNDS
 from decoders import SIZES as DECODERS
 from lab import Cells, Facts, Lab
 from labels import SIZES as LABELS
-from objectives import REWARDS, VARIANTS
+from objectives import REWARD_NAMES, REWARDS, VARIANTS
 from page import PICTURES
 from pooled import first_try, of, tasks_of
 from recipes import RECIPES
@@ -56,7 +56,7 @@ def objectives(axes: Any, cells: Cells, task: str) -> None:
                 _whisker(axes, x, first_try(own, "after", "audit"), f"C{i}", label, upright=True)
                 base = first_try(own, "base", "audit").mean
         axes.plot([place - 0.45, place + 0.4], [base, base], color=BEFORE, lw=1, label="base" if place == 0 else None)
-    axes.set_xticks(range(len(REWARDS)), [f"reward: {r}" for r in REWARDS])
+    axes.set_xticks(range(len(REWARDS)), [f"reward: {REWARD_NAMES[r]}" for r in REWARDS])
     axes.set_ylabel("audit of the first try")
     _legend(axes)
 
@@ -71,6 +71,8 @@ def labels(axes: Any, cells: Cells) -> None:
         label = f"TAO, one round of {small.CONFIG['prompts_per_round']} prompts, exact verifier"
         axes.axhline(tao.mean, color=AFTER, label=label)
         axes.axhline(base.mean, color=GREY, lw=1, ls=":", label="base")
+    if own := of(cells, "TAO by choices"):
+        axes.axhline(first_try(own, "after", "audit").mean, color=LIMIT, ls="--", label="TAO, reward model of choices")
     axes.set_xscale("log")
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_xlabel("labels")

@@ -38,6 +38,12 @@ def tasks_of(cells: Cells) -> list[str]:
     return sorted({name.split("/")[0] for name in cells})
 
 
+def audited_tasks(cells: Sequence[Facts]) -> list[str]:
+    """Tasks of the prompts that have an audit."""
+    columns = [cell["first_tries"]["base"] for cell in cells if "task" in cell["first_tries"]["base"]]
+    return sorted({t for tries in columns for t, a in zip(tries["task"], tries["audit"], strict=True) if a is not None})
+
+
 def worst(cells: Sequence[Facts], what: str) -> float:
     """The smallest gain of a seed."""
     return min(gain([cell], what).mean for cell in cells)

@@ -8,8 +8,9 @@ import small
 from compute import GROUP_SIZES, ROUNDS, TARGETS
 from decoders import SIZES as DECODERS
 from lab import Cells, Facts, Lab
+from labels import GRID as GRID_OF_LABELS
 from labels import SIZES as LABELS
-from objectives import GRID, REWARDS, VARIANTS
+from objectives import GRID, REWARD_NAMES, REWARDS, VARIANTS
 from peer import reached
 from pooled import average, first_try, gain, of, tasks_of, verdicts, worst
 from rows import after, head, less, number, row, signed
@@ -23,7 +24,11 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
         "### Objectives at equal compute",
         "",
         "All objectives get the same stored groups and two passes over them, so GRPO and its kin are not fresh at "
-        "every step here.",
+        "every step here. Only the learning rate was chosen for each: β, clip, floor and target_n are the defaults.",
+        "",
+        f"*Reward model*: a decoder of the same size, trained on {small.NUM_PREFERENCES} rankings of right and wrong "
+        f"answers to other questions, one of a task for all seeds; *turned round*: the same of rankings of which "
+        f"{small.FLIPPED:.0%} are upside down, drawn once; *random*: a number of its own for each answer.",
         "",
     )
     yield from _rates(lab.kept("objectives, rates"))
@@ -32,7 +37,7 @@ def objectives(cells: Cells, lab: Lab) -> Iterator[str]:
             found = {v: own for v in VARIANTS if (own := of(cells, f"{task}/{reward}/{v}"))}
             if not found:
                 continue
-            yield from (f"#### {task}, reward {reward}", "")
+            yield from (f"#### {task}, reward: {REWARD_NAMES[reward]}", "")
             yield from head(
                 "objective",
                 "rate",
@@ -94,8 +99,8 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
         "",
         f"TAO's {small.CONFIG['prompts_per_round']} prompts have no label, but its scorer is a program that knows "
         f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right "
-        "and wrong answers. Fine-tuning is at its best of the passes "
-        "and rates that were tried for each number of labels, on these questions.",
+        f"and wrong answers. Fine-tuning is at its best of {_tried()} for each number of labels, on these questions"
+        f"{_at_the_edge(cells)}.",
         "",
     )
     yield from head(
@@ -119,8 +124,27 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
     yield ""
 
 
+def _tried() -> str:
+    passes, rates = ([*dict.fromkeys(values)] for values in zip(*GRID_OF_LABELS, strict=True))
+    return f"{' or '.join(map(str, passes))} passes at {', '.join(f'{rate:g}' for rate in rates)}"
+
+
+def _at_the_edge(cells: Cells) -> str:
+    """Best at the most passes that were tried is not known to be best."""
+    most = max(passes for passes, _ in GRID_OF_LABELS)
+    chosen = [own[0]["settings"]["train.epochs"] for n in LABELS if (own := of(cells, str(n)))]
+    edge = sum(passes == most for passes in chosen)
+    return f" (the most passes in {edge} of {len(chosen)} rows, so with more it may do better)" if edge else ""
+
+
 def compute(cells: Cells, lab: Lab) -> Iterator[str]:
-    yield from ("### Tuning compute", "", "Audit of the first try; and how many answers were sampled to train on.", "")
+    yield from (
+        "### Tuning compute",
+        "",
+        "Audit of the first try; and how many answers were sampled to train on. Each round is on "
+        f"{small.CONFIG['prompts_per_round']} further prompts, so more rounds are more prompts and steps, too.",
+        "",
+    )
     yield from head("N", *(f"{r} round{'s' * (r > 1)}" for r in ROUNDS))
     for n in GROUP_SIZES:
         runs = of(cells, str(n))
@@ -202,7 +226,8 @@ def general(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from (
         "### What else changes: general text",
         "",
-        "Paragraphs of Wikipedia, those that document_qa holds out (it trains on others of most of their articles).",
+        "The policies of seed 0. Paragraphs of Wikipedia, those that document_qa holds out (it trains on others of "
+        "most of their articles).",
         "",
     )
     yield from head("trained on", "texts", "perplexity before", "after", "nats a token more")
@@ -214,7 +239,7 @@ def general(cells: Cells, lab: Lab) -> Iterator[str]:
 
 
 def others(cells: Cells, lab: Lab) -> Iterator[str]:
-    yield from ("### What else changes: tasks that were not trained", "")
+    yield from ("### What else changes: tasks that were not trained", "", "The policies of seed 0.", "")
     yield from head("trained on", "judged on", "audit before", "after", "change")
     for name, facts in cells.items():
         sides = (number(Interval(**facts[side])) for side in ("before", "after"))
@@ -224,7 +249,10 @@ def others(cells: Cells, lab: Lab) -> Iterator[str]:
 
 def inference(cells: Cells, lab: Lab) -> Iterator[str]:
     yield from ("### What else changes: the cost of an answer", "")
-    yield from ("Held-out prompts, one answer each, base and tuned policy in turns on the same machine.", "")
+    yield from (
+        "Held-out prompts, one answer each, base and the tuned policy of seed 0 in turns on the same machine.",
+        "",
+    )
     yield from head(
         "trained on", "tokens an answer before", "after", "tokens/s before", "after", "answers/s before", "after"
     )
@@ -246,12 +274,14 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
         "",
         "Seconds of training until the first policy that is as good as the base's best of 8, seed by seed; judged were "
         "ours after each round and four of TRL's, evenly over its time, so of TRL it is known only between which two "
-        "of them it got there: the last column has both. OpenTAO multiplied in bf16, as it did by "
-        "default on that machine; TRL in fp32. TRL's rate was tried on seed 0, constant; in so few steps it is partly "
-        "luck.",
+        "of them it got there: the last column has both. OpenTAO multiplied in bf16, as it did by default on that "
+        "machine; TRL in fp32, at one constant rate, half of ours (a smaller one was not run to its end); "
+        "in so few steps it is partly luck.",
         "",
     )
-    yield from head("task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL's last first try", "sooner by")
+    yield from head(
+        "task", "best of 8", "OpenTAO: seconds", "TRL: seconds", "TRL was given", "its last first try", "sooner by"
+    )
     for task in tasks_of(cells):
         ours, theirs = of(cells, f"{task}/opentao"), of(cells, f"{task}/trl")
         if not theirs:
@@ -269,6 +299,7 @@ def peer(cells: Cells, lab: Lab) -> Iterator[str]:
             ", ".join(
                 f"not in {e['seconds']:.0f}" if s is None else f"{s:.0f}" for s, e in zip(times[1], ends, strict=True)
             ),
+            ", ".join("" if s is None else f"{e['seconds'] / s:.1f}×" for s, e in zip(times[0], ends, strict=True)),
             ", ".join(f"{e['first_try']['mean']:.2f}" for e in ends),
             ", ".join(_sooner(o, t, run["points"]) for o, t, run in zip(*times, theirs, strict=True)),
         )

@@ -212,10 +212,12 @@ def score(
 ) -> None:
     """Score a round's groups; responses are never sampled again."""
     with _open(config, run, overrides) as session:
+        from opentao.loop import policy_before, sampled_round
         from opentao.score import require_scores, unscored
         from opentao.score import score as score_groups
 
-        groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
+        shards = sampled_round(session, round_, policy_before(session, round_))
+        groups = score_groups(session, shards, f"round {round_}: score")
         require_scores(session, groups, f"round {round_}")
         facts = {
             "round": round_,
@@ -238,12 +240,13 @@ def train(
 ) -> None:
     """Train on a round's scored groups."""
     with _open(config, run, overrides) as session:
-        from opentao.loop import policy_before
+        from opentao.loop import policy_before, sampled_round
         from opentao.score import score as score_groups
         from opentao.train import train as train_round
 
-        groups = score_groups(session, _shards(session, round_), f"round {round_}: score")
-        policy, facts = train_round(session, round_, policy_before(session, round_), groups)
+        before = policy_before(session, round_)
+        groups = score_groups(session, sampled_round(session, round_, before), f"round {round_}: score")
+        policy, facts = train_round(session, round_, before, groups)
     facts |= {"round": round_, "policy": str(policy.path) if policy.path else None, "policy_hash": policy.hash}
     emit(facts, as_json, f"{facts['steps']} steps; policy: {facts['policy'] or 'unchanged'}")
 
@@ -257,7 +260,7 @@ def evaluate(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a round's policy and the base on the held-out prompts."""
+    """Measure a round's policy and the base on the held-out prompts; `tao run` makes the report of it."""
     from opentao.summary import Mean, interval, number, parse
 
     with _open(config, run, overrides) as session:
@@ -266,25 +269,16 @@ def evaluate(
         base = policy_before(session, 1)
         outcome = measure(session, 0, base, base, earlier=[], facts=None)
         if round_:
-            if not session.run.have(f"round-{round_}/steps.json"):
-                raise DataError(f"{run}: round {round_} is not trained; run `tao train --round {round_}` first")
             policy = policy_before(session, round_ + 1)
             outcome = measure(session, round_, policy, base, earlier=[outcome], facts=None)
     first = parse(Mean, outcome.numbers["first_try"], "first_try")
     emit(outcome.numbers, as_json, f"first try {number(first.mean, 3)} ({interval(first, 3)}, n = {first.n})")
 
 
-def _shards(session: Session, round_: int) -> list[str]:
-    shards = session.run.names(f"round-{round_}/groups/")
-    if not shards:
-        raise DataError(f"{session.run.root}: round {round_} has no groups; run `tao generate` first")
-    return shards
-
-
 @app.command()
 @guarded
 def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]) -> None:
-    """Write report.html again from a run's files."""
+    """Write report.html again from the files of a `tao run`."""
     from opentao.report import write_report
 
     print(write_report(run))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
@@ -17,6 +19,7 @@ from opentao.errors import TaoError
 
 Returned = TypeVar("Returned")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+MORE_ROOM = "lower train.row_tokens or generate.batch_responses, or set train.method: lora"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -26,13 +29,20 @@ def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Returned:
+        _write_anything()
         try:
             with _answer_alone(bool(kwargs.get("as_json"))):
                 return command(*args, **kwargs)
         except TaoError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped; the same command goes on from here", 1)
+            _fail(
+                "stopped" + ("; the same command goes on from here" if isinstance(kwargs.get("run"), Path) else ""), 1
+            )
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+                raise
+            _fail(f"out of memory: {MORE_ROOM}", 1)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             if error.errno in FULL:
@@ -55,6 +65,13 @@ def _answer_alone(as_json: bool) -> Iterator[None]:
         yield
 
 
+def _write_anything() -> None:
+    """A terminal that is not UTF-8 gets escapes, not a traceback at the end of a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, status: int) -> Any:
     print(f"tao: {message}", file=sys.stderr)
     raise typer.Exit(status)
@@ -74,6 +91,8 @@ def prepare_process() -> None:
 
 def emit(value: Any, as_json: bool, text: str | None = None) -> None:
     if as_json:
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=_answer.get())
+        out = _answer.get()
+        unicode = (getattr(out, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+        print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False), file=out)
     elif text is not None:
         print(text)

@@ -117,7 +117,9 @@ class GenerateConfig(Node):
     max_new_tokens: int = Field(256, ge=1)
     stop: list[str] = []
     strategies: list[StrategyConfig] = Field([StrategyConfig(name="plain")], min_length=1)
-    shard_prompts: int = Field(16, ge=1, description="prompts per shard: what a kill can lose")
+    shard_prompts: int | None = Field(
+        None, ge=1, description="prompts per shard, what a kill loses; default: two batches"
+    )
     batch_responses: int | None = Field(
         None, ge=1, description="responses decoded side by side, at most; default: 256, on a GPU 1024"
     )

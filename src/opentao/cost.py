@@ -237,7 +237,7 @@ def _decode_speed(loaded: Any, prompts: Sequence[Prompt]) -> float:
     """Tokens per second of the engine itself; two lengths are compared, so that computing the prompt drops out."""
     from opentao.engines.group import GroupEngine
 
-    engine = GroupEngine(batch_responses=DECODE_BATCH)
+    engine = GroupEngine(batch_responses=DECODE_BATCH, ignore_end=True)
     model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
     engine.loaded = replace(loaded, model=model)  # an adapter stays in its layers
     plans = [SamplingPlan(group_size=DECODE_BATCH, max_new_tokens=2 + n) for n in (0, DECODE_STEPS)]

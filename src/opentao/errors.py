@@ -27,6 +27,10 @@ class ModelError(TaoError):
     """A model that cannot be resolved, loaded or used for the task."""
 
 
+class BrokenModelError(ModelError):
+    """Weights that make no numbers any more; of a policy: the rounds before it are judged."""
+
+
 class ScoreError(TaoError):
     """A scorer that can score nothing at all. A scorer may raise it: the run ends, and goes on from there once mended.
 

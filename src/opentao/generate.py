@@ -1,4 +1,4 @@
-"""Generate: prompts in, unscored groups out, one Parquet shard per `shard_prompts` prompts.
+"""Generate: prompts in, unscored groups out, one Parquet shard for every few prompts.
 
 A shard is made from its prompts, the policy and the sampling plan, and only from them; one that is there already is
 reused, so a killed run samples nothing twice.
@@ -6,7 +6,7 @@ reused, so a killed run samples nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from opentao.engines.memory import default_rows
@@ -23,9 +23,7 @@ def generate(
     run = session.run
     names = []
     with session.progress.stage("generate", total=len(prompts), unit="prompts", label=label) as step:
-        for number, batch in enumerate(shards(prompts, _shard_size(session, plan))):
-            name = f"{folder}/{number:05d}.parquet"
-            key = content_hash([p.id for p in batch], policy.hash, asdict(plan))
+        for name, key, batch in planned(session, folder, prompts, policy, plan):
             if run.have(name, key):
                 step.reuse(len(batch))
             else:
@@ -44,12 +42,21 @@ def generate(
     return names
 
 
+def planned(
+    session: Session, folder: str, prompts: Sequence[Prompt], policy: Policy, plan: SamplingPlan
+) -> Iterator[tuple[str, str, list[Prompt]]]:
+    """Name, key and prompts of every shard that `generate` makes."""
+    for number, batch in enumerate(shards(prompts, _shard_size(session, plan))):
+        key = content_hash([p.id for p in batch], policy.hash, asdict(plan))
+        yield f"{folder}/{number:05d}.parquet", key, batch
+
+
 def _shard_size(session: Session, plan: SamplingPlan) -> int:
-    """At least two full batches a shard, so that waiting groups take the rows of those that end early."""
-    settings = session.config.generate
-    return max(
-        settings.shard_prompts, 2 * (settings.batch_responses or default_rows(default_device())) // plan.group_size
-    )
+    """Two full batches a shard, so that waiting groups take the rows of those that end early.
+
+    Whatever `batch_responses` is: turning that down for want of memory must not sample anything again.
+    """
+    return session.config.generate.shard_prompts or max(1, 2 * default_rows(default_device()) // plan.group_size)
 
 
 def _in_order(batch: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:

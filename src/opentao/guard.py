@@ -42,6 +42,7 @@ def canary_rewards(session: Session, base: Policy) -> dict[str, list[float | Non
             step.advance(len(groups))
         rows = [[None if np.isnan(r) else r for r in g.rewards_N] for g in scored]
         session.run.write_json(name, key, {c: [row[i] for row in rows] for i, c in enumerate(texts[0])})
+        session.spent("round-0", made=True)
     found: dict[str, list[float | None]] = session.run.read_json(name)
     return found
 

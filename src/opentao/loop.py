@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from opentao.config import Config
-from opentao.errors import ScoreError, TrainError
+from opentao.errors import BrokenModelError, DataError, ScoreError, TrainError
 from opentao.evaluate import Evaluation, evaluate, round_summary
-from opentao.generate import generate
+from opentao.generate import generate, planned
 from opentao.guard import best_of, watch
 from opentao.policy import Policy
 from opentao.predict import predict, said
@@ -68,10 +68,10 @@ def run(
             try:
                 policy, facts = train(session, round_, policy, groups)
                 outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
-            except (TrainError, ScoreError) as error:
+            except (TrainError, ScoreError, BrokenModelError) as error:
                 if isinstance(error, ScoreError) and round_ == 1:
                     raise  # there is nothing to judge
-                progress.note(f"round {round_}: {error}")
+                progress.note(f"round {round_} is not judged: {error}")
                 return finish(session, outcomes, prediction, stopped=str(error))
             outcome.unscored += unscored(groups)
             outcome.failures += failures(groups)
@@ -84,18 +84,43 @@ def run(
 
 def sample_round(session: Session, round_: int, policy: Policy) -> list[str]:
     """Groups for a round's prompts from the newest policy; every round draws from streams of its own."""
-    session = session.of_round(round_)
-    plan = session.config.generate.plan(int(content_hash(session.config.seed, round_), 16) % 2**31)
-    prompts = session.prompts_of_round(round_)
+    prompts, plan = session.prompts_of_round(round_), session.plan_of_round(round_)
     return generate(session, f"round-{round_}/groups", prompts, policy, plan, f"round {round_}: generate")
 
 
+def sampled_round(session: Session, round_: int, policy: Policy) -> list[str]:
+    """The shards that `sample_round` left.
+
+    Raises:
+        DataError: one is missing, or was made from another policy, other prompts or other settings.
+    """
+    folder, prompts = f"round-{round_}/groups", session.prompts_of_round(round_)
+    shards = list(planned(session, folder, prompts, policy, session.plan_of_round(round_)))
+    there = sum(session.run.have(name, key) for name, key, _ in shards)
+    if there < len(shards):
+        have = f"{there} of {len(shards)} shards of" if session.run.names(f"{folder}/") else "no"
+        raise DataError(
+            f"{session.run.root}: round {round_} has {have} groups as this config makes them; run"
+            f" `tao generate --round {round_}` first, with the same settings"
+        )
+    return [name for name, _, _ in shards]
+
+
 def policy_before(session: Session, round_: int) -> Policy:
-    """The policy that round `round_` starts from: what the newest earlier round wrote, or the base."""
+    """The policy that round `round_` starts from: what the newest earlier round wrote, or the base.
+
+    Raises:
+        DataError: an earlier round is not trained.
+    """
+    run = session.run
     policy = Policy.of_base(session.config.model, trust_remote_code=session.config.trust_remote_code)
     for earlier in range(1, round_):
-        if session.run.have(name := f"round-{earlier}/policy"):
-            policy = Policy.of_folder(policy, session.run.path(name))
+        name, steps = f"round-{earlier}/policy", f"round-{earlier}/steps.json"
+        taken = run.read_json(steps) if run.have(steps) else None
+        if taken is None or (taken and not run.have(name, run.key(steps))):
+            raise DataError(f"{run.root}: round {earlier} is not trained; run `tao train --round {earlier}` first")
+        if taken:
+            policy = Policy.of_folder(policy, run.path(name))
     return policy
 
 

@@ -59,11 +59,12 @@ def optimise(
     config: OptimiserSettings,
     checkpoint: Checkpoint,
     on_step: Callable[[Metrics], bool | None],
+    on_resume: Callable[[int], None] = lambda done: None,
 ) -> list[Metrics]:
     """Run the optimiser over `steps`, going on from the checkpoint if there is one.
 
     `accumulate` adds one step's gradient to the model and returns its loss and the tokens it computed. Training ends
-    early after a step for which `on_step` returns True.
+    early after a step for which `on_step` returns True. `on_resume` is told how many steps the checkpoint has.
 
     Raises:
         TrainError: the loss or gradient is not finite; the model must be thrown away.
@@ -73,8 +74,7 @@ def optimise(
         trainable, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
     history = checkpoint.load(model, optimiser)
-    for metrics in history:
-        on_step(metrics)
+    on_resume(len(history))
     steps = list(steps)
     for step, batch in enumerate(steps):
         if step < len(history):

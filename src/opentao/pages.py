@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from opentao.progress import duration
 from opentao.show import visible
-from opentao.summary import interval, number, percent, percent_interval, share, signed
+from opentao.summary import interval, measured, number, percent, percent_interval, share, signed
 
 
 def load_template(name: str, filters: Mapping[str, Callable[..., Any]] | None = None) -> Template:
@@ -25,6 +25,7 @@ def load_template(name: str, filters: Mapping[str, Callable[..., Any]] | None = 
     )
     environment.filters |= {
         "number": number,
+        "measured": measured,
         "signed": signed,
         "interval": interval,
         "percent": percent,

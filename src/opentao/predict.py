@@ -19,12 +19,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from opentao.bestofn import Interval, bootstrap, paired_difference, selection_probabilities
+from opentao.bestofn import FEWEST, Interval, bootstrap, paired_difference, selection_probabilities
 from opentao.evaluate import Evaluation, Values
 from opentao.session import Session
 from opentao.show import visible
 from opentao.solved import solved
-from opentao.summary import Mean, Prediction, Solved, interval, number, parse, share, signed
+from opentao.summary import Mean, Prediction, Solved, interval, measured, parse, share, signed
 from opentao.types import NAN, content_hash
 
 LEAST_INFORMATIVE = 0.05  # share of prompts whose answers must differ in reward
@@ -65,7 +65,7 @@ def predict(session: Session, base: Evaluation) -> dict[str, Any]:
         "first_try": bootstrap(base.first_P, **args).as_dict(),
         "curve": {str(k): bootstrap(own, **args).as_dict() for k, own in base.best_P.items()},
         "target": bootstrap(target_P, **args).as_dict(),
-        "gain": paired_difference(target_P, base.first_P, **args).as_dict(),
+        "gain": (gain := paired_difference(target_P, base.first_P, **args)).as_dict(),
         "informative": bootstrap(informative, **args).as_dict(),
         "solved": solved(base.rewards_PN, settings.solved_at, args),
         "audit": None,
@@ -81,7 +81,7 @@ def predict(session: Session, base: Evaluation) -> dict[str, Any]:
             "gain": audit_gain.as_dict(),
             "solved": solved(base.audits_PN, None, args),
         }
-    found["flat"] = why_flat(informative, n, audit_gain)
+    found["flat"] = why_flat(informative, min(n, settings.base_group_size), audit_gain) or too_few(gain)
     session.run.write_json("prediction.json", content_hash(found), found)
     return found
 
@@ -97,8 +97,8 @@ def why_flat(informative: Sequence[float], n: int, audit_gain: Interval | None) 
 
     Args:
         informative: of each held-out prompt, 1 if its answers differ in reward, 0 if not, NaN if that is not known.
-        n: target_n.
-        audit_gain: of the answers that the reward picks among n, against the first try; None: there is no audit.
+        n: of so many answers the reward picks.
+        audit_gain: of the answers that it picks, against the first try; None: there is no audit.
 
     >>> why_flat([0.0, 0.0, 1.0, 0.0] * 8, 16, None)
     >>> why_flat([0.0] * 32, 16, None)
@@ -119,11 +119,18 @@ def why_flat(informative: Sequence[float], n: int, audit_gain: Interval | None) 
     return None
 
 
+def too_few(gain: Interval) -> str | None:
+    """A gain without bounds is one that no verdict can be built on."""
+    if not np.isfinite(gain.mean) or np.isfinite(gain.low):
+        return None
+    return f"On fewer than {FEWEST} held-out prompts that are scored, or clusters of like ones, nothing can be promoted"
+
+
 def said(prediction: dict[str, Any]) -> list[str]:
     """The prediction in a few lines, for the progress of a run."""
     p = parse(Prediction, prediction, "prediction")
     by_audit = [] if p.audit is None else [f"audit {_arrow(p.audit.first_try, p.audit.target)}"]
-    lines = [f"predicted, if all of best-of-{p.target_n} is baked: reward {_arrow(p.first_try, p.target)}"]
+    lines = [f"predicted, if all of best-of-{p.best_of} is baked: reward {_arrow(p.first_try, p.target)}"]
     lines[0] = "; ".join([lines[0], *by_audit])
     if p.solved is not None:
         lines.append(f"base solves, of {p.responses} tries a prompt: {_shares(p.solved)}")
@@ -131,7 +138,7 @@ def said(prediction: dict[str, Any]) -> list[str]:
 
 
 def _arrow(first: Mean, target: Mean) -> str:
-    return f"{number(first.mean)} → {number(target.mean)} ({interval(target)})"
+    return f"{measured(first)} → {measured(target)} ({interval(target)})"
 
 
 def _shares(solved_: Solved) -> str:
@@ -155,11 +162,11 @@ def prediction_table(prediction: dict[str, Any], model: str) -> Table:
         name = "first try" if k == 1 else f"best of {k}"
         _row(table, name, mean, p.audit.curve.get(k) if p.audit else None, p)
     table.add_section()
-    _row(table, f"best of {p.target_n}, baked", p.target, p.audit.target if p.audit else None, p)
-    gains = [f"reward {signed(p.gain.mean)} ({interval(p.gain)})"]
-    gains += [f"audit {signed(p.audit.gain.mean)} ({interval(p.audit.gain)})"] if p.audit else []
+    _row(table, f"best of {min(p.target_n, p.responses)}, baked", p.target, p.audit.target if p.audit else None, p)
+    gains = [f"reward {signed(p.gain)} ({interval(p.gain)})"]
+    gains += [f"audit {signed(p.audit.gain)} ({interval(p.audit.gain)})"] if p.audit else []
     lines = [
-        f"gain if all is baked, on the same prompts: {', '.join(gains)}",
+        f"gain if all of best-of-{p.best_of} is baked, on the same prompts: {', '.join(gains)}",
         f"prompts whose answers differ in reward: {share(p.informative.mean)}",
     ]
     for by, own in (("reward", p.solved), ("audit", p.audit.solved if p.audit else None)):
@@ -172,7 +179,7 @@ def prediction_table(prediction: dict[str, Any], model: str) -> Table:
 
 
 def _row(table: Table, name: str, mean: Mean, audit: Mean | None, p: Prediction) -> None:
-    cells = [name, number(mean.mean), interval(mean)]
+    cells = [name, measured(mean), interval(mean)]
     if p.audit:
-        cells += [number(audit.mean if audit else None), interval(audit)]
+        cells += [measured(audit), interval(audit)]
     table.add_row(*cells)

@@ -41,6 +41,7 @@ from opentao.summary import (
 NUM_PAIRS = 20
 PAIRS_SEED = 0
 MOST_CHARACTERS = 4000  # of one response on the page
+MOST_ROUNDS_NAMED = 8  # under a picture; more would touch
 MOST_SET_ASIDE = 20  # rows listed; the file has them all
 
 
@@ -68,7 +69,7 @@ def write_report(directory: Path) -> Path:
         costs=_costs(summary),
         compared=compare(base.samples, tuned.samples if tuned else None),
         set_aside=_set_aside(directory / "set_aside.jsonl"),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        config=summary.config or (config.read_text(encoding="utf-8") if config.exists() else None),
     )
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -109,11 +110,17 @@ def _equal_sentence(base: Round, after: Round | None) -> str | None:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Picture:
-    """One drawn panel. `n` prompts are behind it."""
+    """One drawn panel. So many prompts are behind it: "64", or "39 to 64" where some points have fewer."""
 
     heading: str
     svg: Markup
-    n: int
+    n: str
+
+
+def _picture(heading: str, chart: Chart) -> Picture:
+    counts = {mean.n for series in chart.series for mean in series.points.values() if mean.mean is not None}
+    least, most = min(counts, default=0), max(counts, default=0)
+    return Picture(heading=heading, svg=draw(chart), n=f"{most}" if least == most else f"{least} to {most}")
 
 
 def _curves(run: Summary) -> list[Picture]:
@@ -146,8 +153,11 @@ def _reward_curve(run: Summary) -> Picture:
         levels += _first_try(
             after, equal_k(base.best_of, math.nan if after.first_try.mean is None else after.first_try.mean)
         )
-    chart = _k_chart("Reward of the best of k tries, before and after", series, levels)
-    return Picture(heading="Reward", svg=draw(chart), n=base.first_try.n)
+    return _picture("Reward", _k_chart(f"Reward of the best of k tries{_sides(after)}", series, levels))
+
+
+def _sides(after: Round | None) -> str:
+    return ", before and after" if after is not None else ""
 
 
 def _first_try(after: Round, k: float | None) -> list[Level]:
@@ -168,8 +178,8 @@ def _audit_curve(run: Summary, audit: Audit) -> Picture:
     ]
     if after is not None and after.audit is not None:
         series.append(Series(name=after.name, points=_log2(after.audit.best_of), style="tuned"))
-    chart = _k_chart("Audit of the best of k tries, before and after", series, _baselines(run, "audit"))
-    return Picture(heading=f"Audit: {run.audit}" if run.audit else "Audit", svg=draw(chart), n=audit.first_try.n)
+    chart = _k_chart(f"Audit of the best of k tries{_sides(after)}", series, _baselines(run, "audit"))
+    return _picture(f"Audit: {run.audit}" if run.audit else "Audit", chart)
 
 
 def _baselines(run: Summary, on: str) -> list[Level]:
@@ -256,9 +266,10 @@ def _predicted(target: Mean) -> list[Level]:
 
 def _history(heading: str, means: Mapping[int, Mean], levels: Sequence[Level]) -> Picture:
     series = Series(name="", points={float(k): m for k, m in means.items()}, style="tuned", whiskers=True)
-    names = {float(k): "base" if k == 0 else str(k) for k in means}
+    every = -(-len(means) // MOST_ROUNDS_NAMED)
+    names = {float(k): "base" if k == 0 else str(k) for k in means if k % every == 0}
     chart = Chart(title=f"{heading}, by round", x_label="round", x_ticks=names, series=[series], levels=levels)
-    return Picture(heading=heading, svg=draw(chart), n=max((m.n for m in means.values()), default=0))
+    return _picture(heading, chart)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

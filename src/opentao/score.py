@@ -7,7 +7,7 @@ an unscored part has no reward. The audit's scores stand in the same file and ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from opentao.errors import ScoreError
 from opentao.scorers.run import score_groups
@@ -59,9 +59,22 @@ def score(
             for scorer_name in set(silent(scored[-len(groups) :])) - told:
                 told.add(scorer_name)
                 session.progress.note(f"{label}: scored nothing: {why_unscored(scored[-len(groups) :], [scorer_name])}")
+    for note in _left_out(scored, told):
+        session.progress.note(f"{label}: {note}")
     if group_shards:
         session.spent(group_shards[0].partition("/")[0])
     return scored
+
+
+def _left_out(groups: Sequence[Group], told: Collection[str]) -> Iterator[str]:
+    """What takes no part, in words: prompts without answers, answers unscored by a scorer that is not told of yet."""
+    if failed := failures(groups):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in failed.most_common())
+        yield f"{failed.total()} of {len(groups)} prompts could not be answered ({kinds})"
+    num = sum(len(g.responses) for g in groups if not g.failure)
+    for name, count in unscored([g for g in groups if not g.failure]).items():
+        if name not in told:
+            yield f"{count} of {num} answers unscored, most for {why_unscored(groups, [name])}"
 
 
 def beside(company: Sequence[Group]) -> list[str]:

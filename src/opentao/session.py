@@ -20,7 +20,7 @@ from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import Gate, is_relative, largest_group
 from opentao.split import Split, clusters, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
-from opentao.types import Engine, Prompt, Scorer, content_hash
+from opentao.types import Engine, Prompt, SamplingPlan, Scorer, content_hash
 
 Item = TypeVar("Item")
 
@@ -71,17 +71,18 @@ class Session:
         """Does any scorer, the audit among them, judge an answer by the others of its group?"""
         return any(is_relative(s) for s in (*self.scorers, *([self.audit] if self.audit else [])))
 
-    def spent(self, round_: str) -> dict[str, dict[str, float]]:
+    def spent(self, round_: str, *, made: bool = False) -> dict[str, dict[str, float]]:
         """Seconds and tokens by stage that a round (``round-1``) has cost so far, earlier starts included.
 
-        Every stage calls it when it ends, so a kill loses what the stage that it struck had spent, and no more.
+        Every stage calls it when it ends, so a kill loses what the stage that it struck had spent, and no more. `made`:
+        something was, though no token was counted.
         """
         path = self.run.path(f"{round_}/spent.json")  # a record, made from nothing: the manifest does not know it
         total = json.loads(path.read_text()) if path.exists() else {w: dict.fromkeys(STAGES, 0) for w in self.counted}
         now = counts(self.progress)
         new = {w: {s: now[w].get(s, 0) - self.counted[w].get(s, 0) for s in STAGES} for w in now}
         self.counted.update(now)
-        if any(new["tokens"].values()):  # else nothing was made: only the time to see that it is there
+        if made or any(new["tokens"].values()):  # else nothing was made: only the time to see that it is there
             total = {w: {s: total[w][s] + new[w][s] for s in STAGES} for w in total}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
@@ -92,6 +93,10 @@ class Session:
     def of_round(self, round_: int) -> Session:
         """The same, with the config by which a round samples and trains."""
         return replace(self, config=self.config.of_round(round_))
+
+    def plan_of_round(self, round_: int) -> SamplingPlan:
+        """How a round's groups are sampled."""
+        return self.config.of_round(round_).generate.plan(int(content_hash(self.config.seed, round_), 16) % 2**31)
 
     def prompts_of_round(self, round_: int) -> list[Prompt]:
         """Round 1 starts at the first training prompt; rounds go on from there, around the end."""

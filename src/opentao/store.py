@@ -169,6 +169,10 @@ class Run:
             self._verified.add(name)
         return True
 
+    def key(self, name: str) -> str | None:
+        """What `name` was made from; None if it is not there."""
+        return self._entries[name]["key"] if self.have(name) else None
+
     def hash(self, name: str) -> str:
         """The hash of the bytes of a file that the manifest holds."""
         if not self.have(name):

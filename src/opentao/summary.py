@@ -138,6 +138,12 @@ class Prediction(Facts):
     audit: AuditPrediction | None = None
     flat: str | None = None  # why training would not pay
 
+    @property
+    def best_of(self) -> str:
+        """Which best-of-n the target is: of all tries, if there are fewer than `target_n`."""
+        capped = self.responses < self.target_n
+        return f"{self.responses} (all that was sampled; target_n is {self.target_n})" if capped else f"{self.target_n}"
+
 
 class SetAside(Facts):
     rows: int
@@ -145,8 +151,10 @@ class SetAside(Facts):
 
 
 class Prompts(Facts):
-    train: int
+    train: int  # there to train on
     heldout: int
+    sampled: int | None = None  # of those to train on, in the rounds that were judged
+    unused: int | None = None  # rows that were read as prompts, and neither sampled nor held out
 
 
 class Baseline(Facts):
@@ -176,6 +184,7 @@ class Summary(Facts):
     prompts: Prompts
     baselines: list[Baseline] = []
     prediction: Prediction | None = None
+    config: str | None = None  # the resolved one, as YAML
     confidence: float | None = None  # of every interval, e.g. 0.95
     intervals_over: str = "prompt"  # what is resampled: prompts, near-duplicates together, or the meta of `split_by`
 
@@ -187,10 +196,13 @@ class Summary(Facts):
 
     @property
     def shown(self) -> Round | None:
-        """The round that "after" means: the kept one, or the best that was tried; None without rounds."""
+        """The round that "after" means: the kept one, or the best that was tried; None without rounds.
+
+        Of the rounds that were tried, as the verdict looks at them: one that was stopped comes last.
+        """
         if self.best_round:
             return next(r for r in self.rounds if r.round == self.best_round)
-        return max(self.rounds, key=lambda r: -math.inf if r.first_try.mean is None else r.first_try.mean, default=None)
+        return max(self.rounds, key=_rank, default=None)
 
     def stage_totals(self) -> dict[str, tuple[int, float]]:
         """Tokens and seconds of every stage over all rounds, base included; in the order of the loop."""
@@ -198,6 +210,12 @@ class Summary(Facts):
         found = dict.fromkeys([*STAGES, *(name for r in every for name in (*r.seconds, *r.tokens))])
         totals = {s: (sum(r.tokens.get(s, 0) for r in every), sum(r.seconds.get(s, 0.0) for r in every)) for s in found}
         return {name: total for name, total in totals.items() if any(total)}
+
+
+def _rank(round_: Round) -> tuple[bool, bool, float, int]:
+    gain = round_.improvement or NO_MEAN
+    mean = -math.inf if gain.mean is None else gain.mean
+    return not round_.guard.tripped, gain.low is not None and gain.low > 0, mean, -round_.round
 
 
 class Answer(Facts):
@@ -260,8 +278,19 @@ def read(model: type[Model], path: Path) -> Model:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """``0.42``; a minus sign that is as wide as a plus; "–" for nothing measured."""
-    return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """``0.42``; a minus sign that is as wide as a plus, and none before 0.00; "–" for nothing measured."""
+    return MISSING if value is None else f"{value:z.{digits}f}".replace("-", "−")
+
+
+def digits_of(mean: Mean) -> int:
+    """Decimal places at which its interval has a width."""
+    width = 0.0 if mean.low is None or mean.high is None else mean.high - mean.low
+    return min(6, max(2, math.ceil(-math.log10(width)))) if width > 0 else 2
+
+
+def measured(mean: Mean | None) -> str:
+    """``0.42``, with as many digits as its interval."""
+    return MISSING if mean is None else number(mean.mean, digits_of(mean))
 
 
 def share(value: float | None) -> str:
@@ -269,14 +298,16 @@ def share(value: float | None) -> str:
     return MISSING if value is None else f"{number(100 * value, 0)} %"
 
 
-def signed(value: float | None) -> str:
-    return number(value) if value is None or value < 0 else f"+{number(value)}"
+def signed(mean: Mean) -> str:
+    """``+0.42``, a difference, with as many digits as its interval."""
+    return measured(mean) if mean.mean is None or mean.mean < 0 else f"+{measured(mean)}"
 
 
-def interval(mean: Mean | None, digits: int = 2) -> str:
+def interval(mean: Mean | None, digits: int | None = None) -> str:
     """``0.35 to 0.49``; "–" without bounds."""
     if mean is None or mean.low is None or mean.high is None:
         return MISSING
+    digits = digits_of(mean) if digits is None else digits
     return f"{number(mean.low, digits)} to {number(mean.high, digits)}"
 
 
@@ -302,7 +333,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     run = parse(Summary, summary, "summary")
     after = run.shown
     table = Table(
-        title=Text(f"{visible(run.model)}: {run.base.first_try.n} held-out prompts"),
+        title=Text(f"{visible(run.model)}: {_counted(run.base.first_try.n, run.prompts.heldout)} held-out prompts"),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -317,6 +348,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.caption = Text("\n").join(_caption(run, after))
     table.caption_justify = "left"
     return table
+
+
+def _counted(scored: int, all_: int) -> str:
+    return f"{all_}" if scored == all_ else f"{scored} of {all_}"
 
 
 def _base_rows(table: Table, run: Summary) -> None:
@@ -335,9 +370,9 @@ def _base_rows(table: Table, run: Summary) -> None:
 
 def _add(table: Table, run: Summary, name: str, reward: Mean, audit: Mean | None, round_: Round | None = None) -> None:
     kept = round_ is not None and round_.round == run.best_round
-    cells = [name + (" (kept)" if kept else ""), number(reward.mean), interval(reward)]
+    cells = [name + (" (kept)" if kept else ""), measured(reward), interval(reward)]
     if run.audit:
-        cells += [number(audit.mean if audit else None), interval(audit)]
+        cells += [measured(audit), interval(audit)]
     table.add_row(*cells, percent(round_.baked_fraction) if round_ else "", style="bold" if kept else None)
 
 
@@ -349,5 +384,9 @@ def _caption(run: Summary, after: Round | None) -> list[Text]:
         lines.append(f"baked fraction of {after.name}, against the base's best of {after.baked_k}: {baked}")
     stages = [f"{name} {duration(seconds)}" for name, (_, seconds) in run.stage_totals().items()]
     lines.append(" · ".join([*stages, f"whole run {duration(run.seconds)}"]))
+    left_out = [f"{name} {count} unscored" for name, count in run.unscored.items() if count]
+    left_out += [f"{kind} {count}" for kind, count in run.failures.items() if count]
+    if left_out:
+        lines.append(f"in no mean: {', '.join(left_out)}")
     verdict = Text(f"{run.verdict}: {visible(run.why)}", style="bold green" if run.verdict == "promote" else "bold")
     return [*map(Text, lines), verdict]

@@ -30,6 +30,7 @@ from opentao.score import require_scores
 from opentao.session import Session
 from opentao.types import NAN, Group, ReleasingEngine, Strategy, content_hash
 
+KNOBS = {"row_tokens", "gradient_checkpointing", "save_every_steps"}  # of memory and time: the policy is the same
 MISMATCH_GROUPS = 16  # on which the distance of the sampler from the learner is measured
 
 
@@ -119,6 +120,7 @@ def train_policy(
     temperature: float,
     checkpoint: Checkpoint,
     on_step: Callable[[Metrics], None],
+    on_resume: Callable[[int], None] = lambda done: None,
 ) -> list[Metrics]:
     """All steps of a round. Returns their metrics, those before the checkpoint included."""
     objective = OBJECTIVES[config.objective]
@@ -128,7 +130,7 @@ def train_policy(
         return loss, sum(e.sequences.num_tokens for e in batch)
 
     steps = batches(examples, config.epochs, config.prompts_per_step, seed)
-    return optimise(model, steps, step, config, checkpoint, on_step)
+    return optimise(model, steps, step, config, checkpoint, on_step, on_resume)
 
 
 def accumulate(
@@ -225,7 +227,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     }
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
     mismatch = f"round-{round_}/sampler_mismatch.json"
-    settings = [config.train.model_dump(mode="json"), config.learner_temperature, config.seed]
+    settings = [config.train.model_dump(mode="json", exclude=KNOBS), config.learner_temperature, config.seed]
     key = content_hash(policy.hash, settings, _fingerprint(examples))
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
@@ -282,6 +284,7 @@ def _train_round(
             temperature=session.config.learner_temperature,
             checkpoint=checkpoint,
             on_step=on_step,
+            on_resume=step.reuse,
         )
     run.write_json(f"round-{round_}/steps.json", checkpoint.key, [asdict(m) for m in history])
     run.commit(f"round-{round_}/policy", checkpoint.key, loaded.save)

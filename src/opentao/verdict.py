@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from opentao.bestofn import FEWEST
+from opentao.config import dump_config
 from opentao.policy import Policy
 from opentao.session import Session
 from opentao.types import content_hash
@@ -48,14 +50,27 @@ def write_summary(
         "audit": session.config.audit.label if session.config.audit else None,
         "unscored": dict(unscored),
         "failures": dict(failures),
-        "prompts": {"train": len(session.train_prompts), "heldout": len(session.heldout)},
+        "prompts": _prompts(session, len(tuned), len(lines)),
         "baselines": [],
         "prediction": prediction,
         "confidence": session.config.evaluate.confidence,
+        "config": dump_config(session.config),
         "intervals_over": session.config.prompts.split_by or (ALIKE if session.alike else "prompt"),
     }
     session.run.write_json("summary.json", content_hash(summary), summary)
     return summary
+
+
+def _prompts(session: Session, rounds: int, num_set_aside: int) -> dict[str, int]:
+    """How many there are on each side, and how many of all were of no use."""
+    sampled = {p.id for round_ in range(1, rounds + 1) for p in session.prompts_of_round(round_)}
+    read = session.run.read_json("import.json")["rows"] - num_set_aside
+    return {
+        "train": len(session.train_prompts),
+        "heldout": len(session.heldout),
+        "sampled": len(sampled),
+        "unused": read - len(session.heldout) - len(sampled),
+    }
 
 
 def judge(base: dict[str, Any], tuned: Sequence[dict[str, Any]]) -> tuple[int, str, str]:
@@ -92,6 +107,8 @@ def _pass(round_: dict[str, Any]) -> tuple[bool, str]:
     gain, audit = round_["improvement"], round_["audit_improvement"]
     scores = "?" if gain["mean"] is None else f"{gain['mean']:+.3f}"
     said = f"round {round_['round']}'s first try scores {scores} against the base ({_span(gain)})"
+    if gain["low"] is None and gain["mean"] is not None:
+        return False, f"Fewer than {FEWEST} held-out prompts, or clusters of like ones, are no proof: {said}."
     if gain["low"] is None or gain["low"] <= 0:
         return False, f"No round beats the base beyond doubt: {said}."
     if audit is None:

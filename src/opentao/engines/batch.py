@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opentao.engines.drawing import draw, room_for, uniforms
-from opentao.errors import ModelError
+from opentao.errors import BrokenModelError
 from opentao.policy import LoadedPolicy, stop_tokens
 from opentao.types import SamplingPlan
 
@@ -151,9 +151,10 @@ class ContinuousBatch:
 
     def _append(self, stream: Stream, token: int, logprob: float) -> None:
         if math.isnan(logprob):
-            raise ModelError(
-                f"the model's logits are not finite at token {len(stream.tokens_R) + 1} of a response; try"
-                " generate.rollout_dtype: float32, or an earlier policy"
+            rounded = self.plan.dtype in ("int8", "bfloat16")
+            advice = "generate.rollout_dtype: float32" if rounded else "a lower train.learning_rate"
+            raise BrokenModelError(
+                f"the model's logits are not finite at token {len(stream.tokens_R) + 1} of a response; try {advice}"
             )
         stream.tokens_R.append(token)
         stream.logprobs_R.append(logprob)

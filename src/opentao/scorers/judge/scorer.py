@@ -113,8 +113,12 @@ class Judge:
         deadline = time.monotonic() + self.deadline
         mode = {"pointwise": self._pointwise, "pairwise": self._pairwise, "listwise": self._listwise}[self.mode]
         with ThreadPoolExecutor(self.concurrency) as pool:
-            pending = [mode(group, lambda ask: pool.submit(self._verdict, ask, deadline)) for group in groups]
-            return [finish() for finish in pending]
+            try:
+                pending = [mode(group, lambda ask: pool.submit(self._verdict, ask, deadline)) for group in groups]
+                return [finish() for finish in pending]
+            except BaseException:  # Ctrl-C: what was not asked yet need not be paid for
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _verdict(self, ask: Callable[[float], Any], deadline: float) -> Verdict:
         try:
