@@ -117,7 +117,7 @@ def test_predicted_and_achieved(tmp_path):
     assert "if all of best-of-16 is baked" in text
     assert "reward 0.14 0.08 to 0.20 0.86 0.80 to 0.92 0.74 0.68 to 0.80 83 %" in text
     assert "base, by reward ≥ 1 11 % · 29 % · 60 %" in text
-    assert "on how many of 64 prompts all, some or none of 4 tries score so high" in text
+    assert "on how many of 64 prompts all, some or none of 4 tries reach the number of the row" in text
 
 
 def test_a_prediction_says_which_best_of_n_it_is_of(tmp_path):
