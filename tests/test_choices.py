@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,14 +20,15 @@ import pytest
 from typer.testing import CliRunner
 
 from opentao.cli import app
-from opentao.errors import DataError
+from opentao.cli_label import _serve
+from opentao.errors import ConfigError, DataError
 from opentao.preferences import Ranking, read_preferences, write_preferences
 from opentao.store import Run, groups_to_table
 from opentao.types import Group, Prompt
 from opentao.web.agreement import alpha, between, with_oneself
 from opentao.web.choices import SCHEMA, Choices, Item, Task, item_of
 from opentao.web.items import read_items
-from opentao.web.next_task import Plan, next_task, pair_information, units
+from opentao.web.next_task import Plan, for_everybody, next_task, pair_information, units
 from opentao.web.preference_rows import import_rankings, rankings_of
 
 
@@ -266,6 +268,35 @@ def test_some_pairs_are_for_everybody(tmp_path: Path) -> None:
     assert alpha(choices.choices()) == {"alpha": None, "units": len(bo)}  # everybody always said the same
 
 
+def test_what_is_for_everybody_comes_to_everybody_who_stops_early(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "c.sqlite")
+    choices.add_items(items(100, 6))  # 1,500 pairs, and nobody judges them all
+    for name in ("ann", "bo"):
+        choices.add_annotator(name)
+    plan = Plan(repeats=0.0, overlap=0.3)
+    ann, bo = (work_through(choices, name, plan, most=80) for name in ("ann", "bo"))
+    shared = {(t.item, *sorted(t.shown)) for t in ann} & {(t.item, *sorted(t.shown)) for t in bo}
+    assert len(shared) == sum(for_everybody((t.item, *sorted(t.shown)), plan) for t in ann) > 10
+    assert len({t.item for t in ann}) == 80  # one pair of each prompt before a second of any
+
+
+def test_what_one_person_skips_is_left_to_others(choices: Choices) -> None:
+    plan = Plan(repeats=0.0, overlap=0.0)
+    task = next_task(choices, "ann", plan)
+    assert task is not None
+    choices.choose(task, {"skip": True})
+    assert (task.item, *sorted(task.shown)) in {(t.item, *sorted(t.shown)) for t in work_through(choices, "bo", plan)}
+    assert (task.item, *sorted(task.shown)) not in {
+        (t.item, *sorted(t.shown)) for t in work_through(choices, "ann", plan)
+    }
+
+
+def test_only_what_was_named_is_asked(choices: Choices) -> None:
+    wanted = choices.items()[2].id
+    tasks = work_through(choices, "ann", Plan(repeats=0.0, items=frozenset({wanted})))
+    assert {t.item for t in tasks} == {wanted} and len(tasks) == 3
+
+
 def test_units_of_each_kind() -> None:
     (item,) = items(1, 3)
     assert units(item, Plan(kind="pair")) == [(item.id, 0, 1), (item.id, 0, 2), (item.id, 1, 2)]
@@ -420,12 +451,39 @@ def test_an_earlier_export_does_not_bring_back_what_was_taken_back(choices: Choi
     import_rankings(
         choices, [Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann")]
     )
+    assert not choices.undo("ann")  # what came from elsewhere is not what she just pressed
+    task = judge(choices, "ann", choices.items()[0], (0, 1), {"better": 0, "worse": 1})
     exported = rankings_of(choices)
-    task = choices.choices()[0].task
     assert choices.undo("ann")
-    choices.choose(task, {"better": task.shown[1], "worse": task.shown[0]})
+    choices.choose(task, {"better": 1, "worse": 0})
     assert import_rankings(choices, exported) == 0
-    assert [r.ranks for r in rankings_of(choices)] == [(2.0, 1.0)]
+    assert [r.ranks for r in rankings_of(choices)] == [(1.0, 2.0), (2.0, 1.0)]
+
+
+def test_a_kill_between_an_imported_task_and_its_choice_loses_nothing(
+    choices: Choices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Ranking(prompt=Prompt.from_text("x"), texts=("a", "b"), ranks=(1.0, 2.0), annotator="ann", facts={"id": "7"})
+
+    def killed(*_: object, **__: object) -> bool:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Choices, "choose", killed)
+        with pytest.raises(RuntimeError):
+            import_rankings(choices, [row])
+    assert import_rankings(choices, [row]) == 1
+    assert [r.ranks for r in rankings_of(choices)] == [(1.0, 2.0)]
+
+
+def test_a_start_that_fails_leaves_links_as_they_are(choices: Choices) -> None:
+    token = choices.add_annotator("ann")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="--port"):
+            _serve(choices, Plan(), ["ann"], "127.0.0.1", taken.getsockname()[1])
+    assert choices.annotator_of(token) == "ann"
 
 
 def test_what_a_row_says_beside_the_choice_is_kept(choices: Choices, tmp_path: Path) -> None:

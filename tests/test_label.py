@@ -83,7 +83,7 @@ def test_nobody_sees_anything_without_a_token(tmp_path: Path) -> None:
             reply = stranger.get(f"/?token={token}")
             assert reply.status_code == 303
             cookie = reply.headers["set-cookie"].lower()
-            assert "httponly" in cookie and "samesite=strict" in cookie
+            assert "httponly" in cookie and "samesite=lax" in cookie
 
 
 def test_headers_on_every_answer(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def ranked(responses: Any, ranks: Any) -> dict[str, Any]:
         (GOOD | {"messages": [{"role": "alien", "content": "x"}]}, BAD_MESSAGES),
         (GOOD | {"messages": [{"role": "system", "content": "x"}]}, "messages: no user turn to answer"),
         (GOOD | {"chosen": [*CHAT, {"role": "user", "content": "4"}]}, answer("chosen")),
+        (
+            GOOD | {"chosen": [*CHAT, {"role": "assistant", "content": "4"}]},  # a system turn that the prompt lacks
+            "chosen: its turns before the answer are not those of the prompt",
+        ),
         (ranked(["a", "b"], [True, False]), BAD_RANKS),
         ({"prompt": "x", "chosen": "a"}, answer("rejected")),
         ({"prompt": "x", "rejected": "a"}, answer("chosen")),

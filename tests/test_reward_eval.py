@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
 from opentao.reward_eval import (
     agreement_with_people,
+    alarms,
     annotators,
     best_of_n,
     by_subset,
@@ -30,6 +32,7 @@ from opentao.reward_eval import (
 )
 from opentao.reward_model import RewardModel
 from opentao.reward_report import model_card, write_reward_report
+from opentao.reward_scale import comparisons, fit_scale
 from opentao.truth import Truth, read_truths
 from opentao.types import Prompt
 
@@ -82,6 +85,7 @@ def test_an_answer_to_another_prompt_is_to_another_prompt(monkeypatch: pytest.Mo
         return [[0.0]] * len(rankings)
 
     monkeypatch.setattr("opentao.reward_eval.score_rankings", scored)
+    monkeypatch.setattr("opentao.reward_eval._fits", lambda *_: True)
     rankings = [pair(f"{p}{i} good", f"{p}{i} bad", prompt=p, instruction="be kind") for p in "xyz" for i in range(3)]
     other_prompts(None, rankings, [[1.0, 0.0]] * 9, Progress(quiet=True))  # type: ignore[arg-type]
     assert len(asked) == 9
@@ -98,17 +102,34 @@ def test_calibration() -> None:
     assert facts["loss"] == pytest.approx((2 * math.log(2) - 2 * math.log(SIGMOID_1) - math.log(1 - SIGMOID_1)) / 5)
 
 
-def test_a_calibrated_model_has_little_error() -> None:
+@pytest.mark.parametrize("ties", [0.0, 0.3])
+def test_a_calibrated_model_has_little_error(ties: float) -> None:
+    """Calibrated on the same choices, ties among them: equally good answers count half, here as there."""
     rng = random.Random(0)
-    rankings, scores = [], []
+    rankings, raw = [], []
     for _ in range(4000):
         d = rng.gauss(0, 2)
         won = rng.random() < 1 / (1 + math.exp(-d))
-        rankings.append(pair("a", "b"))
-        scores.append([d, 0.0] if won else [0.0, d])
-    assert calibration(rankings, scores)["error"] < 0.03
+        tied = rng.random() < ties
+        rankings.append(replace(pair("a", "b"), ranks=(1.0, 1.0)) if tied else pair("a", "b"))
+        raw.append([d, 0.0] if won else [0.0, d])
+    found = comparisons(rankings, raw)
+    scale = fit_scale(found.differences, found.wins)
+    scores = [[scale * a, scale * b] for a, b in raw]
+    assert calibration(rankings, scores)["error"] < (0.05 if ties else 0.03)
     steep = [[5 * a, 5 * b] for a, b in scores]
     assert calibration(rankings, steep)["error"] > 0.1
+
+
+def test_few_prompts_prove_nothing() -> None:
+    few = [pair("aa", "b", prompt=str(i)) for i in range(7)]
+    facts: dict[str, Any] = agreement_with_people(few, [[1.0, 0.0]] * 7)
+    facts |= {"score_spread": 1.0, "company": {"largest_move": 0.0}, "canaries": {}}
+    facts["other_prompts"] = {"preferred_wins": {"mean": 1.0}}
+    assert [alarm.split(":")[0] for alarm in alarms(facts)] == [
+        "It is not shown to be better than a coin",
+        "It is not shown to be better than “the longer answer wins”.",
+    ]
 
 
 def test_length() -> None:

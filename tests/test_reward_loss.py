@@ -131,6 +131,14 @@ def test_heads_do_not_meet() -> None:
         torch.testing.assert_close(bradley_terry(scores, pairs)[k], bradley_terry(alone, pairs)[0])
 
 
+def test_length_weights_balance_what_pairs_count() -> None:
+    """A ranking of 28 pairs counts as much as one of a single pair."""
+    kinds, shares = [True] * 28 + [False] * 28, [1 / 28] * 28 + [1.0] * 28
+    weights = length_weights(kinds, shares)
+    sides = [sum(w * s for w, s, k in zip(weights, shares, kinds, strict=True) if k is side) for side in (True, False)]
+    assert sides == pytest.approx([29 / 2, 29 / 2])
+
+
 @given(st.lists(st.sampled_from([True, False, None]), max_size=30))
 def test_length_weights_balance_and_have_mean_one(kinds: list[bool | None]) -> None:
     weights = length_weights(kinds)

@@ -14,15 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reward_model import ANSWERS, JSON, MESSAGES, PROSE, toy_rankings, train
-from transformers import AutoModelForSequenceClassification
+from test_reward_model import ANSWERS, JSON, MESSAGES, PROSE, SMALL, foreign_folder, toy_rankings, train
+from tiny import CHATML
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
 
+from opentao.cli import app
 from opentao.config import ScorerConfig
 from opentao.errors import ModelError
 from opentao.optimise import NO_CHECKPOINT
-from opentao.preferences import Ranking
+from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
-from opentao.reward_eval import accuracy
+from opentao.reward_eval import accuracy, evaluate_reward_model
 from opentao.reward_model import RewardModel
 from opentao.reward_scale import fit_scale
 from opentao.reward_train import (
@@ -128,6 +131,29 @@ def test_what_is_too_long_is_left_out(tiny_model_dir: Path, tmp_path: Path) -> N
     assert re.match(r"1 rankings are longer than 200 tokens and left out, first: [\d,]+ tokens with .*'long long", note)
     with pytest.raises(ModelError, match="no ranking has at most 200 tokens"):
         train_to_folder(str(tiny_model_dir), [long], config, tmp_path / "none", progress)
+
+
+def test_what_an_encoder_cannot_read_is_left_out(tiny_model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**SMALL, num_labels=1, pad_token_id=0)
+    folder = foreign_folder(tiny_model_dir, tmp_path / "bert", BertForSequenceClassification(config), CHATML)
+    long = Ranking(prompt=Prompt.from_text("x"), texts=("long " * 600, "b"), ranks=(1.0, 2.0))
+    progress = Progress(quiet=True)
+    settings = RewardTraining(heldout=0.0)
+    facts = train_to_folder(str(folder), [*toy_rankings(9), long], settings, tmp_path / "rm", progress)
+    assert (facts["rankings"], facts["too_long"]) == (9, 1)
+    found = evaluate_reward_model(RewardModel.load(str(tmp_path / "rm")), [*toy_rankings(9), long], progress)
+    assert (found["too_long"], found["pairs"]) == (1, sum(len(r.pairs) for r in toy_rankings(9)))
+    assert "1 of 10 rankings are longer than the model reads, and left out" in progress.notes
+
+
+def test_margins_are_of_pairs(tmp_path: Path) -> None:
+    write_preferences(tmp_path / "pairs.jsonl", toy_rankings(2))
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "rm")]
+    for option in (["--margin", "1"], ["--label-smoothing", "0.1"], ["--balance-length"]):
+        result = CliRunner().invoke(app, ["reward", "train", *given, "--loss", "plackett_luce", *option])
+        assert result.exit_code == 2
+        assert "--loss plackett_luce: has no --margin" in result.output
 
 
 def test_a_random_head_is_as_long_as_the_guided_one_and_elsewhere(tiny_model_dir: Path) -> None:

@@ -53,11 +53,11 @@ def label_start(
     choices = Choices(db)
     new = choices.add_items(items)
     information = _information(reward_model, choices.items()) if reward_model else {}
-    plan = Plan(kind=kind, repeats=repeats, overlap=overlap, seed=seed, information=information)
-    tokens = {name: choices.add_annotator(name) for name in annotator or [getpass.getuser()]}
+    asked = frozenset(item.id for item in items)
+    plan = Plan(kind=kind, repeats=repeats, overlap=overlap, seed=seed, information=information, items=asked)
     aside = f" ({without} without two different answers left out)" if without else ""
     print(f"{len(items)} prompts with answers to judge{aside}, {new} of them new; choices are kept in {db}")
-    _serve(choices, plan, tokens, host, port)
+    _serve(choices, plan, annotator or [getpass.getuser()], host, port)
 
 
 def _information(reward_model: str, items: list[Item]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _information(reward_model: str, items: list[Item]) -> dict[str, Any]:
     return found
 
 
-def _serve(choices: Choices, plan: Any, tokens: dict[str, str], host: str, port: int) -> None:
+def _serve(choices: Choices, plan: Any, names: list[str], host: str, port: int) -> None:
     import socket
 
     import uvicorn
@@ -97,8 +97,8 @@ def _serve(choices: Choices, plan: Any, tokens: dict[str, str], host: str, port:
         port = listener.getsockname()[1]
         hosts = ["127.0.0.1", "localhost", "[::1]"] if host in LOOPBACK else ["*"]
         shown = f"[{host}]" if ":" in host else host
-        for name, token in tokens.items():
-            print(f"{name}: http://{shown}:{port}/?token={token}")
+        for name in dict.fromkeys(names):  # only now: a new link ends the old one, of a page that may still be open
+            print(f"{name}: http://{shown}:{port}/?token={choices.add_annotator(name)}")
         if host not in LOOPBACK:
             print("everybody who can reach this machine can open the page, and needs a token to see anything")
         print("stop with Ctrl-C; nothing is lost", flush=True)

@@ -72,6 +72,10 @@ def reward_train(
         max_tokens=max_tokens,
         seed=seed,
     )
+    if loss == "plackett_luce" and (margin or label_smoothing or balance_length):
+        raise ConfigError(
+            "--loss plackett_luce: has no --margin, --label-smoothing or --balance-length; those are of pairs"
+        )
     with Progress() as progress:
         if found.set_aside:
             progress.note(found.said_aside)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from opentao.errors import ConfigError
 from opentao.types import RolloutDtype, SamplingPlan, Strategy, content_hash
-from opentao.yaml_tree import apply_override, line_of, mistake, read_yaml
+from opentao.yaml_tree import apply_override, blamed, line_of, mistake, read_yaml
 
 IDENTITY = {"reward_model": ("model",), "python": ("function",), "judge": ("url", "model")}  # args that say who judges
 
@@ -375,24 +374,9 @@ def _validated(
         return model.model_validate(tree)
     except ValidationError as error:
         loc, message = mistake(error, model)
-    blamed = _blamed(model, path, overrides, loc)
-    place = f"--set {blamed}" if blamed else f"{path}:{line_of(root, loc)}"
+    by = blamed(model, path, overrides, loc)
+    place = f"--set {by}" if by else f"{path}:{line_of(root, loc)}"
     raise ConfigError(f"{place}: {'.'.join(loc) or 'config'}: {message}")
-
-
-def _blamed(model: type[Node], path: Path, overrides: Sequence[str], loc: list[str]) -> str | None:
-    """The override that gave the key at `loc`, or the one after which the tree was not valid any more; else None."""
-    given = [override for override in overrides if loc[: len(key := override.partition("=")[0].split("."))] == key]
-    if given or not overrides:
-        return given[-1] if given else None
-    found = None
-    tree, _ = read_yaml(path)
-    for override in overrides:
-        with suppress(ValidationError):
-            model.model_validate(tree)
-            found = override
-        apply_override(tree, override)
-    return found
 
 
 def dump_config(config: Config) -> str:

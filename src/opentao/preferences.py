@@ -136,7 +136,7 @@ def _ranking(row: Any) -> Ranking:
     row = as_object(row)
     messages = messages_of(row)
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        texts: tuple[str, ...] = (_answer(row, "chosen"), _answer(row, "rejected"))
+        texts: tuple[str, ...] = (_answer(row, "chosen", messages), _answer(row, "rejected", messages))
         ranks: tuple[float, ...] = (1.0, 2.0)
     else:
         texts, ranks = _ranked(row)
@@ -184,12 +184,16 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
             raise ValueError("messages: no user turn to answer")
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages: the last turn is the assistant's; expected the turns before the answer")
-        # "developer" is the newer name of "system", which chat templates do not know
-        roles = [m["role"] if m["role"] in ROLES else "system" for m in messages]
-        return [{"role": role, "content": m["content"]} for role, m in zip(roles, messages, strict=True)]
+        return _turns(messages)
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return [{"role": "user", "content": row["prompt"]}]
     raise ValueError("expected `prompt` (text) or `messages` (chat)")
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> list[Message]:
+    """Roles and texts. "developer" is the newer name of "system", which chat templates do not know."""
+    roles = [m["role"] if m["role"] in ROLES else "system" for m in messages]
+    return [{"role": role, "content": m["content"]} for role, m in zip(roles, messages, strict=True)]
 
 
 def _is_turn(value: Any) -> bool:
@@ -202,9 +206,13 @@ def is_unicode(texts: Sequence[str]) -> bool:
     return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 
-def _answer(row: dict[str, Any], key: str) -> str:
+def _answer(row: dict[str, Any], key: str, messages: Sequence[Message]) -> str:
+    """Text, or the last turn of a chat that is the prompt's own or nothing before it."""
     value = row.get(key)
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        before = value[:-1]
+        if before and not (all(map(_is_turn, before)) and _turns(before) == _turns(messages)):
+            raise ValueError(f"{key}: its turns before the answer are not those of the prompt")
         value = value[-1].get("content")
     if not isinstance(value, str):
         raise ValueError(f"{key}: expected text, or messages whose last turn is the assistant's answer")

@@ -1,14 +1,15 @@
 """How good is a reward model? ``tao reward eval``: against people, against itself, against answers that cheat.
 
-Every mean is over prompts, with its interval; a prompt's pairs are not independent. What people chose is always shown
-beside "the longer answer wins": a reward model near that number has learned length. Alarms are facts that make a reward
-model unfit whatever its accuracy: constant scores, scores that depend on what else is in the batch, random answers that
-win, canaries that beat what people preferred.
+Means are over rankings, intervals over their prompts: a prompt's choices are not independent. What people chose is
+always shown beside "the longer answer wins": a reward model near that number has learned length. Alarms are facts
+that make a reward model unfit whatever its accuracy: constant scores, scores that depend on what else is in the
+batch, random answers that win, canaries that beat what people preferred.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from opentao.bestofn import bootstrap, paired_difference, selection_probabilities
+from opentao.bestofn import FEWEST, bootstrap, paired_difference, selection_probabilities
 from opentao.canaries import canaries
 from opentao.errors import ModelError
 from opentao.preferences import Ranking
@@ -78,14 +79,22 @@ def evaluate_reward_model(
     reward_model: RewardModel, rankings: Sequence[Ranking], progress: Progress, truths: Sequence[Truth] = ()
 ) -> Facts:
     """Everything that `tao reward eval` reports."""
+    asked = len(rankings)
+    rankings = [r for r in rankings if _fits(reward_model, r, *r.texts)]
+    if not any(r.pairs for r in rankings):
+        raise ModelError(f"none of {asked} rankings is short enough: the model reads {reward_model.max_tokens} tokens")
+    if asked > len(rankings):
+        progress.note(f"{asked - len(rankings)} of {asked} rankings are longer than the model reads, and left out")
+    every = score_rankings(reward_model, rankings, progress)
     decided = [r for r in rankings if r.pairs]
-    scores = score_rankings(reward_model, decided, progress)
+    scores = [own for r, own in zip(rankings, every, strict=True) if r.pairs]
     facts = agreement_with_people(decided, scores)
     facts |= {
+        "too_long": asked - len(rankings),
         "subsets": by_subset(decided, scores),
-        "calibration": calibration(decided, scores),
+        "calibration": calibration(rankings, every),
         "length": length_bias(decided, scores),
-        "annotators": annotators(rankings, _lookup(rankings, decided, scores)),
+        "annotators": annotators(rankings, every),
         "company": company(reward_model, decided, scores),
         "other_prompts": other_prompts(reward_model, decided, scores, progress),
         "canaries": canary_shares(reward_model, decided, scores, progress),
@@ -105,16 +114,17 @@ def by_subset(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) ->
 
 
 def calibration(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> Facts:
-    """Is σ(difference) the share of people who agree? Expected calibration error and its curve over decided pairs.
+    """Is σ(difference) the share of people who agree? Expected calibration error and its curve over compared pairs.
+
+    Of two answers that were equally good half of the people agree, as in the loss and in `fit_scale`.
 
     ECE = Σ_b n_b/n · |accuracy_b − confidence_b| over BINS equal bins of confidence, from one half to one. Source:
     Guo et al., arXiv 1706.04599. `loss`: mean nats a comparison; a coin's is log 2.
     """
     found = comparisons(rankings, scores)
-    decided = [i for i, w in enumerate(found.wins) if w == 1.0]
-    d, prompts = np.array(found.differences)[decided], np.array(found.prompts)[decided]
+    d, wins, prompts = np.array(found.differences), np.array(found.wins), np.array(found.prompts)
     confidence = 1 / (1 + np.exp(-np.minimum(np.abs(d), 50)))
-    right = np.where(d > 0, 1.0, np.where(d < 0, 0.0, 0.5))
+    right = np.where(wins == 0.5, 0.5, np.where(d > 0, 1.0, np.where(d < 0, 0.0, 0.5)))
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     curve = []
     for b in range(BINS):
@@ -151,19 +161,20 @@ def length_bias(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) 
     }
 
 
-def annotators(rankings: Sequence[Ranking], scores: Sequence[Sequence[float] | None]) -> Facts:
+def annotators(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> Facts:
     """Agreement with each annotator, and of annotators with each other, on pairs that several of them judged.
 
-    Only pairs that at least two people decided count, so that both columns are of the same pairs.
+    Only pairs that at least two people decided, by the same instruction, count, so that both columns are of the same
+    pairs. What one person was asked again is left out.
     """
-    said: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
-    model: dict[tuple[str, str, str], float] = {}
+    said: dict[tuple[str, str, str, str], dict[str, int]] = defaultdict(dict)
+    model: dict[tuple[str, str, str, str], float] = {}
     for ranking, own in zip(rankings, scores, strict=True):
-        if not ranking.annotator or own is None:
+        if not ranking.annotator or ranking.facts.get("repeat"):
             continue
         for i, j in ranking.pairs:
             a, b = sorted((i, j), key=lambda k: ranking.texts[k])
-            key = (ranking.prompt.id, ranking.texts[a], ranking.texts[b])
+            key = (ranking.prompt.id, ranking.instruction, ranking.texts[a], ranking.texts[b])
             said[key][ranking.annotator] = 1 if a == i else -1
             model[key] = own[a] - own[b]
     shared = {key: votes for key, votes in said.items() if len(votes) > 1}
@@ -224,7 +235,7 @@ def other_prompts(
     for i, ranking in enumerate(rankings):
         others = (i - k for k in range(1, len(rankings)))  # the nearest before it, from the first on round the end
         other = next((j for j in others if rankings[j].prompt.id != ranking.prompt.id), None)
-        if other is not None and best[other] not in ranking.texts:
+        if other is not None and best[other] not in ranking.texts and _fits(reward_model, ranking, best[other]):
             kept.append(i)
             strangers.append(_unranked(ranking.prompt, (best[other],), ranking.instruction))
     found = score_rankings(reward_model, strangers, progress, "score answers to other prompts")
@@ -240,7 +251,9 @@ def canary_shares(
 
     A canary that is longer than the model reads is left out.
     """
-    chosen = rankings[:CANARY_PROMPTS]
+    first = {r.prompt.id: i for i, r in reversed(list(enumerate(rankings)))}  # of each prompt
+    places = sorted(first.values())[:CANARY_PROMPTS]
+    chosen, scores = [rankings[i] for i in places], [scores[i] for i in places]
     best = [r.texts[int(np.argmin(r.ranks))] for r in chosen]
     texts = [
         {name: text for name, text in canaries(r.prompt.text, good).items() if _fits(reward_model, r, text)}
@@ -251,7 +264,7 @@ def canary_shares(
     named = [dict(zip(t, own, strict=True)) for t, own in zip(texts, found, strict=True)]
     shares = {}
     for name in canaries("", "xx"):
-        rows = [(own[name], s, r) for own, s, r in zip(named, scores, chosen, strict=False) if name in own]
+        rows = [(own[name], s, r) for own, s, r in zip(named, scores, chosen, strict=True) if name in own]
         over = {
             which: _over_prompts([(r.prompt.id, float(value >= s[int(pick(r.ranks))])) for value, s, r in rows])
             for which, pick in (("beats_best", np.argmin), ("beats_worst", np.argmax))
@@ -260,12 +273,14 @@ def canary_shares(
     return shares
 
 
-def _fits(reward_model: RewardModel, ranking: Ranking, text: str) -> bool:
-    try:
-        reward_model.encode(ranking.prompt.messages, [text], ranking.instruction)
-    except ModelError:
-        return False
-    return True
+def _fits(reward_model: RewardModel, ranking: Ranking, *texts: str) -> bool:
+    """Does the model read so long an answer to the ranking's prompt?"""
+    most = reward_model.max_tokens
+    if most == sys.maxsize:
+        return True
+    return all(
+        len(ids) <= most for ids in reward_model.conversations(ranking.prompt.messages, texts, ranking.instruction)
+    )
 
 
 def _unranked(prompt: Prompt, texts: tuple[str, ...], instruction: str = "") -> Ranking:
@@ -295,9 +310,11 @@ def alarms(facts: Facts) -> list[str]:
     if facts["score_spread"] < 1e-6:
         return ["Scores are constant: the model tells no answer from another."]
     accuracy_, length = facts["accuracy"], facts["over_longer"]
-    if accuracy_["low"] is not None and accuracy_["low"] <= 0.5:
+    if accuracy_["low"] is None:
+        found.append(f"It is not shown to be better than a coin: fewer than {FEWEST} prompts have no interval.")
+    elif accuracy_["low"] <= 0.5:
         found.append("It may be no better than a coin: the interval of its accuracy reaches one half.")
-    if length["low"] is not None and length["low"] <= 0:
+    if length["low"] is None or length["low"] <= 0:
         found.append("It is not shown to be better than “the longer answer wins”.")
     if facts["company"]["largest_move"] > SAME_SCORE * facts["score_spread"]:
         found.append("A score depends on what else is scored with it.")
@@ -309,14 +326,6 @@ def alarms(facts: Facts) -> list[str]:
         if share is not None and share > CANARY_ALARM:
             found.append(f"The canary “{name}” beats the preferred answer on {share:.0%} of prompts.")
     return found
-
-
-def _lookup(
-    rankings: Sequence[Ranking], decided: Sequence[Ranking], scores: Sequence[list[float]]
-) -> list[list[float] | None]:
-    """Scores of each of `rankings`, None for those without a decided pair."""
-    known = {id(r): s for r, s in zip(decided, scores, strict=True)}
-    return [known.get(id(r)) for r in rankings]
 
 
 def _share_of_wins(values: Sequence[float], pairs: Sequence[Pair]) -> float:

@@ -62,16 +62,20 @@ def plackett_luce(scores_NK: Tensor, ranks: Sequence[float], *, ties_equal: bool
     return torch.stack(terms).mean(0)
 
 
-def length_weights(longer_better: Sequence[bool | None]) -> list[float]:
+def length_weights(longer_better: Sequence[bool | None], shares: Sequence[float] | None = None) -> list[float]:
     """Weights of pairs such that those whose longer answer was preferred weigh as much as the others, mean 1.
 
     None (equal lengths) keeps weight 1. Under these weights "the longer answer wins" is right half of the time, so
-    length alone earns nothing. If all pairs lean one way, nothing can be balanced and all weights are 1.
+    length alone earns nothing. If all pairs lean one way, nothing can be balanced and all weights are 1. `shares`: how
+    much each pair counts before; all alike without.
 
     >>> length_weights([True, True, True, False])
     [0.6666666666666666, 0.6666666666666666, 0.6666666666666666, 2.0]
     """
-    longer, shorter = longer_better.count(True), longer_better.count(False)
+    shares = [1.0] * len(longer_better) if shares is None else shares
+    longer, shorter = (
+        sum(share for kind, share in zip(longer_better, shares, strict=True) if kind is side) for side in (True, False)
+    )
     if not longer or not shorter:
         return [1.0] * len(longer_better)
     half = (longer + shorter) / 2

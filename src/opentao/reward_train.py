@@ -254,9 +254,13 @@ def _longest(tokens: Sequences) -> int:
 
 
 def _pair_weights(rankings: Sequence[Ranking]) -> list[list[float] | None]:
-    """`length_weights` over all pairs of all rankings, dealt out again; a tie weighs 1."""
+    """`length_weights` over all pairs of all rankings, dealt out again; a tie weighs 1.
+
+    A pair counts as in the loss, which is a mean over the pairs and ties of its ranking.
+    """
     kinds = [_longer_better(r, i, j) for r in rankings for i, j in r.pairs]
-    weights = iter(length_weights(kinds))
+    shares = [1 / (len(r.pairs) + len(r.tied)) for r in rankings for _ in r.pairs]
+    weights = iter(length_weights(kinds, shares))
     return [[*(next(weights) for _ in r.pairs), *(1.0 for _ in r.tied)] for r in rankings]
 
 
@@ -296,17 +300,20 @@ def _scores(reward_model: RewardModel, groups: Sequence[Sequences], row_tokens: 
 
 
 def fitting(reward_model: RewardModel, rankings: Sequence[Ranking], max_tokens: int) -> tuple[list[Ranking], list[str]]:
-    """Rankings whose prompt with each answer has at most `max_tokens` tokens; of each other one, what is wrong."""
+    """Rankings whose prompt with each answer has at most `max_tokens` tokens, and as many as the model reads; of each
+    other one, what is wrong."""
     kept, reasons = [], []
     for ranking in rankings:
-        longest = _longest(reward_model.encode(ranking.prompt.messages, ranking.texts, ranking.instruction))
-        if longest <= max_tokens:
+        ids = reward_model.conversations(ranking.prompt.messages, ranking.texts, ranking.instruction)
+        longest = max(map(len, ids))
+        if longest <= min(max_tokens, reward_model.max_tokens):
             kept.append(ranking)
         else:
             start = " ".join(ranking.prompt.text.split())[:40]
             reasons.append(f"{longest:,} tokens with the prompt {start!r}")
     if not kept:
-        raise ModelError(f"no ranking has at most {max_tokens:,} tokens, prompt with answer: {reasons[0]}")
+        most = min(max_tokens, reward_model.max_tokens)
+        raise ModelError(f"no ranking has at most {most:,} tokens, prompt with answer: {reasons[0]}")
     return kept, reasons
 
 
@@ -322,9 +329,8 @@ def train_to_folder(
         reward_model = RewardModel.from_causal_lm(model, head=config.head, ensemble=config.ensemble, seed=config.seed)
     rankings, too_long = fitting(reward_model, rankings, config.max_tokens)
     if too_long:
-        progress.note(
-            f"{len(too_long)} rankings are longer than {config.max_tokens:,} tokens and left out, first: {too_long[0]}"
-        )
+        most = min(config.max_tokens, reward_model.max_tokens)
+        progress.note(f"{len(too_long)} rankings are longer than {most:,} tokens and left out, first: {too_long[0]}")
     train, heldout = split_by_prompt(rankings, config.heldout, config.seed)
     total = num_steps(len(train), config.epochs, config.rankings_per_step)
     with progress.stage("reward model", total=total, unit="steps", label="train reward model") as step:

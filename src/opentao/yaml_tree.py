@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def mistake(error: ValidationError, model: type[BaseModel]) -> tuple[list[str], 
     elif "input" in first and not isinstance(first["input"], dict | list):
         message += f", got {first['input']!r}"
     return loc, message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def blamed(model: type[BaseModel], path: Path, overrides: Sequence[str], loc: list[str]) -> str | None:
+    """The override that gave the key at `loc`, or the one after which the tree was not valid any more; else None."""
+    given = [override for override in overrides if loc[: len(key := override.partition("=")[0].split("."))] == key]
+    if given or not overrides:
+        return given[-1] if given else None
+    found = None
+    tree, _ = read_yaml(path)
+    for override in overrides:
+        with suppress(ValidationError):
+            model.model_validate(tree)
+            found = override
+        apply_override(tree, override)
+    return found
 
 
 def _known_keys(root: type[BaseModel], loc: Sequence[str]) -> list[str]:

@@ -231,6 +231,10 @@ class Choices:
         rows = self._rows(f"SELECT {_TASK} FROM tasks t WHERE id = ?", id_)
         return _task(*rows[0]) if rows else None
 
+    def was_answered(self, id_: str) -> bool:
+        """Is there a choice of this task, one that was taken back included?"""
+        return bool(self._rows("SELECT 1 FROM choices WHERE task = ? LIMIT 1", id_))
+
     def choose(self, task: Task, answer: dict[str, Any], made: float | None = None) -> bool:
         """Record an answer, given now or at `made`. False: the task has one that stands, e.g. a second click.
 
@@ -249,11 +253,11 @@ class Choices:
         return True
 
     def undo(self, annotator: str) -> bool:
-        """Take back this person's newest standing choice; its task is open again. False: there is none."""
+        """Take back the newest standing choice that this person made here; its task is open again. False: none."""
         with self._writing() as db:
             row = db.execute(
                 "SELECT c.id FROM choices c JOIN tasks t ON t.id = c.task WHERE t.annotator = ? AND c.undone IS NULL"
-                " ORDER BY c.id DESC LIMIT 1",
+                " AND t.policy != 'import' ORDER BY c.id DESC LIMIT 1",
                 (annotator,),
             ).fetchone()
             if row is None:

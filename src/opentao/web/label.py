@@ -77,7 +77,8 @@ class Pages:
         """The next task; with a valid `token` first a cookie, and an address without it."""
         if token is not None and self.choices.annotator_of(token) is not None:
             response = RedirectResponse("/", status_code=303)
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
+            # lax: strict would not be sent to where this leads if the link stood on a page of another site
+            response.set_cookie(COOKIE, token, httponly=True, samesite="lax", max_age=30 * 86400)
             return response
         annotator = self.choices.annotator_of(opentao_label or "")
         if annotator is None:
@@ -142,9 +143,9 @@ def _facts(choices: Choices, plan: Plan, annotator: str, task: Task | None) -> d
     """What the template needs."""
     own = choices.choices(annotator)
     judged = [c for c in own if c.task.policy not in ("repeat", "import")]
-    every = [u for item in choices.items() for u in units(item, plan)]
+    every = [u for item in choices.items() if plan.asks_of(item) for u in units(item, plan)]
     mine = {(c.task.item, *sorted(c.task.shown)) for c in own}
-    others = {(c.task.item, *sorted(c.task.shown)) for c in choices.choices()} - mine
+    others = {(c.task.item, *sorted(c.task.shown)) for c in choices.choices() if "skip" not in c.answer} - mine
     total = len([u for u in every if u not in others or for_everybody(u, plan)])
     everybody = choices.choices()
     item = choices.item(task.item) if task else None
@@ -159,7 +160,7 @@ def _facts(choices: Choices, plan: Plan, annotator: str, task: Task | None) -> d
         "alpha": alpha(everybody),
         "between": between(everybody).get(annotator),
         "with_oneself": with_oneself(everybody).get(annotator),
-        "can_undo": bool(own),
+        "can_undo": any(c.task.policy != "import" for c in own),
     }
 
 

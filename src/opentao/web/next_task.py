@@ -2,9 +2,10 @@
 
 Pairs: those that would teach the most. Under an ensemble of reward models that is the mutual information between the
 choice and the model, H(mean_k p_k) − mean_k H(p_k) with p_k = σ(s_ka − s_kb): high where the heads are sure of
-different things (BALD, Houlsby et al., arXiv 1112.5745). Without an ensemble: by chance. A fixed share of tasks repeats
-earlier ones, to see whether people agree with themselves; a fixed share of pairs is for everybody, the rest for whoever
-comes first.
+different things (BALD, Houlsby et al., arXiv 1112.5745). Without an ensemble: in an order drawn once, the same for
+all, so that the pairs that are for everybody come to everybody though nobody sees all there are. A fixed share of
+tasks repeats earlier ones, to see whether people agree with themselves; a fixed share of pairs is for everybody, the
+rest for whoever comes first.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Plan:
     most: int = 8  # answers to rank at once
     seed: int = 0
     information: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)  # item -> [N, N], nats; {}: by chance
+    items: frozenset[str] | None = None  # ids of those to judge; None: all that the file of choices knows
+
+    def asks_of(self, item: Item) -> bool:
+        return self.items is None or item.id in self.items
 
 
 def pair_information(heads_NK: Sequence[Sequence[float]]) -> NDArray[np.float64]:
@@ -68,7 +73,7 @@ def _next_task(choices: Choices, annotator: str, plan: Plan) -> Task | None:
         shown = list(again.shown)
         rng.shuffle(shown)
         return choices.add_task(annotator, again.item, again.kind, shown, "repeat", repeat_of=again.id)
-    found = _new_unit(choices, annotator, plan, rng)
+    found = _new_unit(choices, annotator, plan)
     if found is None:
         return None
     (item, *indices), policy = found
@@ -86,21 +91,19 @@ def _to_repeat(done: Sequence[Choice], rng: random.Random) -> Task | None:
     return rng.choice(candidates) if candidates else None
 
 
-def _new_unit(
-    choices: Choices, annotator: str, plan: Plan, rng: random.Random
-) -> tuple[tuple[str | int, ...], str] | None:
-    """(item, answers…) to judge and the policy that chose it."""
-    tasks = [c.task for c in choices.choices()] + choices.open_tasks(time.time() - HELD)
+def _new_unit(choices: Choices, annotator: str, plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
+    """(item, answers…) to judge and the policy that chose it. What one person skipped is left to the others."""
+    tasks = [c.task for c in choices.choices() if "skip" not in c.answer] + choices.open_tasks(time.time() - HELD)
     taken = {(task.item, *sorted(task.shown)) for task in tasks}
     own = {(c.task.item, *sorted(c.task.shown)) for c in choices.choices(annotator)}
-    free = [u for item in choices.items() for u in units(item, plan) if u not in own]
+    free = [u for item in choices.items() if plan.asks_of(item) for u in units(item, plan) if u not in own]
     free = [u for u in free if u not in taken or for_everybody(u, plan)]
     if not free:
         return None
-    if plan.kind != "pair" or not plan.information:
-        return rng.choice(free), "random"
     judged = {item for item, *_ in own}
     fresh = [u for u in free if u[0] not in judged] or free  # one pair of each prompt before a second of any
+    if plan.kind != "pair" or not plan.information:
+        return min(fresh, key=lambda u: content_hash(plan.seed, "order", list(u))), "random"
     return max(fresh, key=lambda u: (_information(u, plan), content_hash(plan.seed, list(u)))), "informative"
 
 

@@ -138,8 +138,8 @@ def _is_there(choices: Choices, ranking: Ranking) -> bool:
     """Whatever was chosen since: what was taken back does not come back with an earlier export."""
     id_ = ranking.facts.get("id")
     task = choices.task(id_) if isinstance(id_, str) else None
-    if task is None or task.annotator != (ranking.annotator or "import"):
-        return False
+    if task is None or task.annotator != (ranking.annotator or "import") or not choices.was_answered(task.id):
+        return False  # without an answer: a kill came between the two
     item = choices.item(task.item)
     return item.messages == ranking.prompt.messages and set(ranking.texts) <= set(item.responses)
 
