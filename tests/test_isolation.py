@@ -75,6 +75,39 @@ def test_its_folder_is_gone_afterwards() -> None:
     assert not Path(found["returned"][0][1]).exists()
 
 
+def test_a_process_that_left_its_group_holds_nobody_up() -> None:
+    """Without seccomp an answer can start one, and it holds the pipes open."""
+    code = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(6); os._exit(0)\ndef f(): return 7"
+    jobs = [{"code": code, "calls": [{"function": "f"}]}]
+    start = time.monotonic()
+    found = run_jobs("opentao.isolation.python_child", {}, jobs, Limits(seconds=2.0), isolation="process")
+    assert found == [{"returned": [[True, 7]]}]
+    assert time.monotonic() - start < 5
+
+
+@isolated
+def test_no_signal_by_way_of_a_descriptor() -> None:
+    """The kernel would send one to whoever is named as the owner."""
+    code = """
+import array, fcntl, os, socket
+reader, _ = os.pipe()
+left, _ = socket.socketpair()
+found = []
+def tried(what, *args):
+    try:
+        what(*args)
+        found.append("done")
+    except PermissionError:
+        found.append("refused")
+tried(fcntl.fcntl, reader, fcntl.F_SETOWN, os.getppid())
+tried(fcntl.fcntl, reader, 10, 9)  # F_SETSIG
+tried(fcntl.ioctl, left, 0x8901, array.array("i", [os.getppid()]))  # FIOSETOWN
+tried(fcntl.fcntl, reader, fcntl.F_GETFL)
+def f(): return found
+"""
+    assert run_code(code) == [{"returned": [[True, ["refused", "refused", "refused", "done"]]]}]
+
+
 @isolated
 def test_no_process_is_left() -> None:
     (found,) = run_code("import os\ndef f(): return os.getpid()")
@@ -125,3 +158,4 @@ def test_the_filter_jumps_inside_itself(column: int) -> None:
     assert steps[-1][0] == 0x06
     tested = {operand for operation, _, _, operand in steps if operation == 0x15}
     assert {numbers[column] for numbers in restrict.DENIED.values() if numbers[column] is not None} <= tested
+    assert {value for _, values in restrict.DENIED_WITH.values() for value in values} <= tested

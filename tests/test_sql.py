@@ -67,8 +67,45 @@ def test_levels_can_be_named_and_weighed(args: dict[str, Any]) -> None:
 
 def test_no_votes_for_nothing_and_no_majority_of_one(args: dict[str, Any]) -> None:
     empty = "SELECT name FROM singer WHERE id > 9"
-    assert values(args, empty, empty, "SELECT 1", "SELECT 2") == [0.3, 0.3, 0.5, 0.5]
-    assert values(args, "SELECT 1", "SELECT 1.0", "SELECT 2", "SELECT 2") == [1.0] * 4  # a draw: both win
+    one, two = "SELECT count(*) - 2 FROM singer", "SELECT min(id) + 1 FROM singer"
+    assert values(args, empty, empty, one, two) == [0.3, 0.3, 0.5, 0.5]
+    assert values(args, one, "SELECT min(id) FROM singer", two, two) == [1.0] * 4  # a draw: both win
+
+
+def test_what_asks_the_database_nothing_is_no_answer(args: dict[str, Any]) -> None:
+    """A policy that says the same constant everywhere agrees with itself."""
+    alone = ["SELECT 1", "SELECT 1", "SELECT count(*)", "WITH t AS (SELECT 1) SELECT * FROM t"]
+    assert values(args, *alone) == [0.3] * 4
+    assert values(args, "WITH t AS (SELECT id FROM singer) SELECT * FROM t", *alone) == [0.5, *[0.3] * 4]
+
+
+def test_sums_in_another_order_are_the_same(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "sums.db")
+    connection.execute("CREATE TABLE t (v REAL)")
+    connection.executemany("INSERT INTO t VALUES (?)", [(1234567890.1,), (0.1,), (0.2,), (-0.4,)])
+    connection.commit()
+    connection.close()
+    args = {"database": f"{tmp_path}/{{db}}.db", "levels": {"gold": 1.0}, "gold": "query"}
+    up, down = (f"SELECT sum(v) FROM (SELECT v FROM t ORDER BY v{how})" for how in ("", " DESC"))
+    found = scores("sql", args, group_of(up, down, "SELECT 1234567890", "SELECT 1234567880", db="sums", query=up))
+    assert [s.value for s in found] == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_an_engine_that_broke_down_leaves_the_others_their_scores() -> None:
+    """After an internal error of DuckDB its connection answers nothing any more: the process must go."""
+    duckdb = pytest.importorskip("duckdb")
+    from opentao.isolation.sql_child import examine
+
+    class Cursor:
+        def execute(self, sql: str) -> Any:
+            raise duckdb.InternalException("INTERNAL Error")
+
+        def close(self) -> None:
+            pass
+
+    setup = {"engine": "duckdb", "connection": type("C", (), {"cursor": Cursor})(), "seconds": 5, "max_rows": 9}
+    with pytest.raises(SystemExit):
+        examine("SELECT name FROM singer", setup)
 
 
 def test_gold(args: dict[str, Any]) -> None:
@@ -100,6 +137,8 @@ def test_what_cannot_be_judged_is_unscored(args: dict[str, Any], tmp_path: Path)
     gold = {"levels": {"gold": 1.0}, "gold": "query"}
     assert kinds(gold, "SELECT 1", db="music") == ["missing_key"]
     assert kinds(gold, "SELECT 1", db="music", query="SELECT nothing FROM nowhere") == ["bad_key"]
+    assert kinds(gold, "SELECT 1 WHERE 0 = 1", db="music", query="SELECT id FROM singer WHERE id > 9") == ["bad_key"]
+    assert kinds(gold, "SELECT 1", db="music", query=" ") == ["bad_key"]
     many = "SELECT a.id FROM singer a, singer b, singer c, singer d"
     assert kinds({"max_rows": 80}, many, "SELECT 1", db="music") == ["too_many_rows", ""]
     assert kinds({"max_rows": 81}, many, db="music") == [""]
@@ -125,16 +164,18 @@ def test_a_query_runs_once(args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("opentao.scorers.verifiers.sql.run_jobs", counting)
     endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT count(*) FROM r"
-    group = group_of("SELECT 1", "SELECT 1", "SELECT 2", endless, db="music")
+    one, two = "SELECT id FROM singer", "SELECT age FROM singer"
+    group = group_of(one, one, two, endless, db="music")
     first, second = run_scorer(scorer, group), run_scorer(scorer, group)
-    assert asked == ["SELECT 1", "SELECT 2", endless, endless]
+    assert asked == [one, two, endless, endless]
     assert [s.value for s in first[:3]] == [s.value for s in second[:3]] == [1.0, 1.0, 0.5]
 
 
 def test_over_a_limit(args: dict[str, Any]) -> None:
     endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT count(*) FROM r"
     short = args | {"seconds": 0.3}
-    found = scores("sql", short, group_of("SELECT 1", endless, "SELECT 1", db="music"))
+    ids = "SELECT id FROM singer"
+    found = scores("sql", short, group_of(ids, endless, ids, db="music"))
     assert [s.value for s in found if s.scored] == [1.0, 1.0]
     assert (found[1].error or "").startswith(("timeout: ", "memory: "))
     assert values(short | {"over_limit": -1.0}, endless) == [-1.0]

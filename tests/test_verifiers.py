@@ -143,6 +143,15 @@ def test_json_equality_knows_booleans_from_numbers() -> None:
 # --- json_schema
 
 
+@pytest.mark.parametrize(
+    ("price", "expected"),
+    [("19.99", 1.0), ("0.07", 1.0), ("4.35", 1.0), ("20", 1.0), ("1e3", 1.0), ("19.995", 0.0), ('"20"', 0.0)],
+)
+def test_multiples_are_of_decimals(price: str, expected: float) -> None:
+    schema = {"properties": {"price": {"type": "number", "multipleOf": 0.01}}}
+    assert value("json_schema", {"schema": schema}, f'{{"price": {price}}}') == expected
+
+
 def test_json_schema_is_all_or_nothing() -> None:
     group = group_of(VALID, f" \n{VALID}\n", "{}", "not json", VALID + " Hope this helps!", f"Here: {VALID}")
     assert [s.value for s in scores("json_schema", {"schema": TICKET}, group)] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
@@ -385,6 +394,12 @@ def test_exact(args: dict[str, Any], text: str, expected: float) -> None:
     assert value("exact", {"key": "city", **args}, text, city="Paris") == expected
 
 
+def test_an_empty_label_is_none() -> None:
+    assert [s.error for s in scores("exact", {"key": "city"}, group_of("", "Paris", city=" "))] == [
+        "bad_key: meta['city'] is empty"
+    ] * 2
+
+
 def test_exact_normalises_unicode() -> None:
     assert value("exact", {"target": "caf\u00e9"}, "cafe\u0301") == 1.0
     assert value("exact", {"target": "STRASSE", "casefold": True}, "stra\u00dfe") == 1.0
@@ -392,7 +407,6 @@ def test_exact_normalises_unicode() -> None:
 
 def test_exact_labels() -> None:
     assert value("exact", {"key": "n"}, "42", n=42) == 1.0
-    assert value("exact", {"key": "n"}, " ", n="") == 1.0
     for label in (True, 1.5, ["42"]):
         assert one("exact", {"key": "n"}, "42", n=label).error.startswith("bad_key: meta['n'] is ")
     assert one("exact", {"key": "n"}, "42", m=1).error == "missing_key: the prompt's meta has no 'n'; it has ['m']"
@@ -525,7 +539,9 @@ def test_majority_counts_votes() -> None:
     args = {"pattern": r"(?i)answer is\s+(\S+?)\s*\."}
     assert [s.value for s in scores("majority", args, group_of(*texts))] == [1.0, 1.0, 0.0, 0.0]
     shares = scores("majority", args | {"as_share": True}, group_of(*texts))
-    assert [s.value for s in shares] == [pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0]
+    assert [s.value for s in shares] == [0.5, 0.5, 0.0, 0.0]  # of all four; one vote is not `least`
+    alone = scores("majority", args | {"as_share": True, "least": 1}, group_of(texts[2], *["no idea"] * 3))
+    assert [s.value for s in alone] == [0.25, 0.0, 0.0, 0.0]
 
 
 def test_majority_takes_the_last_match_and_all_winners_of_a_tie() -> None:

@@ -87,6 +87,11 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "chroot": (161, 51),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of DENIED, AUDIT_ARCH_*
+# name: (numbers as above, second arguments refused): the kernel would send a signal of their choice to whom they name
+DENIED_WITH: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
+    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
+}
 CLONE, CLONE3, PRLIMIT, CAPSET = (56, 220), (435, 435), (302, 261), (126, 91)
 CLONE_THREAD = 0x10000
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -168,7 +173,12 @@ def program(column: int, arch: int) -> list[tuple[int, int, int, int]]:
         if (number := numbers[column]) is not None:
             steps += [(equal, 0, 1, number), (give, 0, 0, ERRNO | EPERM)]
     steps += [(equal, 0, 1, CLONE3[column]), (give, 0, 0, ERRNO | ENOSYS)]  # glibc then uses clone
-    first_argument = 16
+    first_argument, second_argument = 16, 24
+    for numbers_, values in DENIED_WITH.values():
+        last = len(values)
+        steps += [(equal, 0, last + 3, numbers_[column]), (load, 0, 0, second_argument)]
+        steps += [(equal, last - i, 0, value) for i, value in enumerate(values)]
+        steps += [(give, 0, 0, ALLOW), (give, 0, 0, ERRNO | EPERM)]
     steps += [
         (equal, 0, 4, CLONE[column]),
         (load, 0, 0, first_argument),

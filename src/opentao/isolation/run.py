@@ -134,7 +134,10 @@ def _child(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            for pipe in (child.stdout, child.stderr):  # not read to their end: what left the group may hold them open
+                if pipe is not None:
+                    pipe.close()
+            child.wait()
 
 
 def _python_folders() -> list[str]:

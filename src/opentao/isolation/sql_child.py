@@ -7,6 +7,7 @@ refuse whatever is not (SQLite's authoriser; DuckDB without external access, its
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ def prepare(setup: dict[str, Any]) -> Answer:
 def examine(sql: str, setup: dict[str, Any]) -> dict[str, Any]:
     """``{"state": "rows", "rows": 3, "empty": false, "bag": "9f…", "list": "77…"}``, or a state with a message."""
     try:
-        ordered = check_query(sql, setup["engine"])
+        ordered, reads = check_query(sql, setup["engine"])
         rows = run(sql, setup)
     except Refused as error:
         return {"state": "refused", "message": str(error)[:200]}
@@ -88,11 +89,12 @@ def examine(sql: str, setup: dict[str, Any]) -> dict[str, Any]:
         "bag": digest(sorted(lines)),
         "list": digest(lines),
         "ordered": ordered,
+        "reads": reads,
     }
 
 
-def check_query(sql: str, dialect: str) -> bool:
-    """True if the query fixes the order of its rows.
+def check_query(sql: str, dialect: str) -> tuple[bool, bool]:
+    """Does the query fix the order of its rows, and does it read a table of the database?
 
     Raises:
         Refused: not exactly one statement, or one that is not only a query.
@@ -121,7 +123,9 @@ def check_query(sql: str, dialect: str) -> bool:
             name = (node.name if isinstance(node, exp.Anonymous) else node.sql_name()).lower()
             if name in FORBIDDEN_FUNCTIONS or name.startswith(FORBIDDEN_PREFIXES):
                 raise Refused(f"function {name}")
-    return root.args.get("order") is not None
+    own = {cte.alias.lower() for cte in root.find_all(exp.CTE)}
+    reads = any(table.name.lower() not in own for table in root.find_all(exp.Table))
+    return root.args.get("order") is not None, reads
 
 
 def run(sql: str, setup: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -207,6 +211,8 @@ def _duckdb(sql: str, setup: dict[str, Any]) -> list[tuple[Any, ...]]:
         return rows
     except duckdb.OutOfMemoryException as error:
         raise MemoryError from error
+    except (duckdb.FatalException, duckdb.InternalException) as error:
+        raise SystemExit(f"{error}") from error  # the connection is of no use any more: others need a new process
     except duckdb.Error as error:
         if late.is_set():
             raise TimeoutError from error
@@ -228,13 +234,18 @@ def _value(value: Any) -> str:
         return f"n{int(value)}"
     if isinstance(value, int):
         return f"n{value}"
-    if isinstance(value, Decimal):
-        return f"n{int(value)}" if value == value.to_integral_value() else f"n{float(value):.9g}"
-    if isinstance(value, float):
-        return f"n{int(value)}" if value.is_integer() and abs(value) < 2**53 else f"n{value:.9g}"
+    if isinstance(value, float | Decimal):
+        return f"n{round(value)}" if _is_whole(value) else f"n{float(value):.9g}"
     if isinstance(value, bytes | bytearray | memoryview):
         return f"b{bytes(value).hex()}"
     return f"t{value}"
+
+
+def _is_whole(value: float | Decimal) -> bool:
+    """Up to rounding in the tenth digit, which sums in another order differ by."""
+    if not math.isfinite(value) or abs(value) >= 2**53:
+        return False
+    return abs(value - round(value)) <= abs(value) / 10**9
 
 
 def digest(lines: list[str]) -> str:

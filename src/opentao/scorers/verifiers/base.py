@@ -74,4 +74,6 @@ def meta_text(prompt: Prompt, key: str) -> str:
 def as_text(value: Any, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise Unscored("bad_key", f"meta[{key!r}] is {type(value).__name__}, expected text or a whole number")
+    if not str(value).strip():
+        raise Unscored("bad_key", f"meta[{key!r}] is empty")
     return str(value)

@@ -27,8 +27,8 @@ class Majority(Verifier):
 
     The answer is the last match of `pattern` (its first group, if it has one), or the value of `field` in a JSON
     answer; without either the whole text. Compared in NFC, without white space around it and without case. With
-    ``as_share`` a response gets the share of answers that are its own. A response without an answer gets 0.0. An answer
-    with fewer than `least` votes is no majority, though no other has more; answers with equally many votes all win.
+    ``as_share`` a response gets the share of responses that gave its answer. A response without an answer gets 0.0. An
+    answer with fewer than `least` votes gets 0.0, though no other has more; answers with equally many votes all win.
     """
 
     pattern: str | None = None
@@ -53,13 +53,15 @@ class Majority(Verifier):
     def score(self, group: Group) -> list[Rating]:
         answers = [self._safe_answer(response) for response in group.responses]
         votes = Counter(a for a in answers if isinstance(a, str))
-        most = max(votes.values(), default=0)
-        return [self._rating(answer, votes, most) for answer in answers]
+        most, voters = max(votes.values(), default=0), sum(not isinstance(a, Score) for a in answers)
+        return [self._rating(answer, votes, most, voters) for answer in answers]
 
-    def _rating(self, answer: str | Score | None, votes: Counter[str], most: int) -> Rating:
+    def _rating(self, answer: str | Score | None, votes: Counter[str], most: int, voters: int) -> Rating:
         if answer is None or isinstance(answer, Score):
             return 0.0 if answer is None else answer
-        return votes[answer] / votes.total() if self.as_share else float(votes[answer] == most >= self.least)
+        if votes[answer] < self.least:
+            return 0.0
+        return votes[answer] / voters if self.as_share else float(votes[answer] == most)
 
     def _safe_answer(self, response: Response) -> str | Score | None:
         try:

@@ -83,7 +83,7 @@ class Sql(Verifier):
             outcomes, gold = self._run(group)
         except Unscored as reason:
             return [unscored(reason.kind, str(reason)) for _ in group.responses]
-        votes = Counter(o["bag"] for o in outcomes if o["state"] == "rows" and not o["empty"])
+        votes = Counter(o["bag"] for o in outcomes if o["state"] == "rows" and o["reads"] and not o["empty"])
         most = max(votes.values(), default=0)
         winners = {bag for bag, count in votes.items() if count == most >= 2}
         return [self._rating(outcome, winners, gold) for outcome in outcomes]
@@ -107,6 +107,8 @@ class Sql(Verifier):
         *outcomes, gold = outcomes
         if gold["state"] != "rows":
             raise Unscored("bad_key", f"meta[{self.gold!r}] does not run: {gold['state']}: {gold['message']}")
+        if not gold["rows"]:
+            raise Unscored("bad_key", f"meta[{self.gold!r}] finds no row: whatever finds none would be right")
         return outcomes, gold
 
     def _outcomes(self, setup: dict[str, Any], queries: Sequence[str]) -> list[dict[str, Any]]:
@@ -147,9 +149,9 @@ class Sql(Verifier):
             reached.add("parses")
         if state == "rows":
             reached.add("runs")
-            if not outcome["empty"]:
+            if outcome["reads"] and not outcome["empty"]:  # SELECT 1 asks the database nothing
                 reached.add("non_empty")
-            if outcome["bag"] in winners:
+            if outcome["reads"] and outcome["bag"] in winners:
                 reached.add("majority")
             which = "list" if gold and gold["ordered"] else "bag"
             if gold and outcome[which] == gold[which]:
