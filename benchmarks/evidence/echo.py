@@ -2,8 +2,8 @@
 
     python echo.py RUN…     directories of instruction_following or document_qa, as run_all.py leaves them
 
-instruction_following: the score if an answer that mostly repeats its prompt follows nothing. document_qa: quotations and
-few words by the passage alone; the rules of the recipe count what stands before it, the first one the question, too.
+instruction_following: the score if an answer that mostly repeats its prompt follows nothing. document_qa: quotations
+and few words by the passage alone; the recipe's rules count what stands before it, the first one the question, too.
 """
 
 from __future__ import annotations
