@@ -113,7 +113,7 @@ def test_failed_groups_and_failed_company() -> None:
 def test_an_unchanged_policy_gains_nothing(num_answers: int, as_share: bool) -> None:
     """Groups of 16 and of 4, from one distribution: in groups of their own, 4 agree more often by chance."""
     rng = np.random.default_rng(num_answers)
-    scorer = Majority(name="m", as_share=as_share)
+    scorer = Majority(name="m", as_share=as_share, least=1 if as_share else 2)
 
     def sampled(n: int) -> list[Group]:
         return [group([str(rng.integers(num_answers)) for _ in range(n)], str(i)) for i in range(400)]
