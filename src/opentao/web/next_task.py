@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -100,10 +101,12 @@ def _new_unit(choices: Choices, annotator: str, plan: Plan) -> tuple[tuple[str |
     free = [u for u in free if u not in taken or for_everybody(u, plan)]
     if not free:
         return None
-    judged = {item for item, *_ in own}
-    fresh = [u for u in free if u[0] not in judged] or free  # one pair of each prompt before a second of any
+    judged = Counter(item for item, *_ in own)  # one pair of each prompt before a second of any
     if plan.kind != "pair" or not plan.information:
-        return min(fresh, key=lambda u: content_hash(plan.seed, "order", list(u))), "random"
+        item = min({u[0] for u in free}, key=lambda i: (judged[i], content_hash(plan.seed, "order", i)))
+        of_item = [u for u in free if u[0] == item]
+        return min(of_item, key=lambda u: content_hash(plan.seed, "order", list(u))), "random"
+    fresh = [u for u in free if not judged[u[0]]] or free
     return max(fresh, key=lambda u: (_information(u, plan), content_hash(plan.seed, list(u)))), "informative"
 
 
