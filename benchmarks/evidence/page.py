@@ -88,12 +88,13 @@ def recipes(cells: Cells, lab: Lab) -> Iterator[str]:
             number(first_try(own, "after", "reward")),
             f"{best:.3f}" + ("" if ks == "16" else f" (of {ks})"),
             verdicts(own),
-            verdicts(noise) if noise else "not run",
+            f"{verdicts(noise)}; audit {signed(gain(noise, 'audit'))}" if noise else "not run",
             f"{sum(sum(c['seconds'].values()) for c in own) / len(own) / 60:.0f}",
         )
     yield ""
     yield (
-        "Random reward: one round on the recipe's own first groups, whatever its own number of rounds. Minutes are "
+        "Random reward: one round on the recipe's own first groups, whatever its own number of rounds; what the audit "
+        "gains there is no merit of a reward, but of the examples with which document_qa samples. Minutes are "
         "without the reward model's training. The audit of instruction_following is over prompts of the types that "
         "stand in its README, each with what became of it: its interval says nothing of other types."
     )
@@ -156,7 +157,7 @@ def _by_task(own: Sequence[Facts]) -> Iterator[str]:
 
 
 def _noise(noise: Sequence[Facts]) -> str:
-    return f"; with a random reward {verdicts(noise)}" if noise else ""
+    return f"; with a random reward {verdicts(noise)}, audit {signed(gain(noise, 'audit'))}" if noise else ""
 
 
 def _tail(text: str) -> str:
