@@ -52,8 +52,7 @@ def reward_train(
     from opentao.preferences import read_preferences
     from opentao.reward_train import RewardTraining, train_to_folder
 
-    if out.exists():
-        raise ConfigError(f"{out}: exists already; name a new folder")
+    _check_usage(out, loss, of_pairs=bool(margin or label_smoothing or balance_length))
     found = read_preferences(pairs)
     prepare_process()
     settings = RewardTraining(
@@ -72,15 +71,21 @@ def reward_train(
         max_tokens=max_tokens,
         seed=seed,
     )
-    if loss == "plackett_luce" and (margin or label_smoothing or balance_length):
-        raise ConfigError(
-            "--loss plackett_luce: has no --margin, --label-smoothing or --balance-length; those are of pairs"
-        )
     with Progress() as progress:
         if found.set_aside:
             progress.note(found.said_aside)
         facts = train_to_folder(model, found.rankings, settings, out, progress)
     emit(facts | {"set_aside": len(found.set_aside)}, as_json, f"{facts['rankings']} rankings -> {out}")
+
+
+def _check_usage(out: Path, loss: RewardLoss, *, of_pairs: bool) -> None:
+    """`of_pairs`: are there options that only losses of pairs have?"""
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; name a new folder")
+    if of_pairs and loss == "plackett_luce":
+        raise ConfigError(
+            "--loss plackett_luce: has no --margin, --label-smoothing or --balance-length; those are of pairs"
+        )
 
 
 @reward_app.command("eval")

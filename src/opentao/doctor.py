@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opentao.builtin import BUILT_IN, cache_root, cache_state
+from opentao.cli_common import MORE_ROOM
 from opentao.config import Config
 from opentao.cost import estimate
 from opentao.isolation.run import missing_layers
@@ -158,7 +159,7 @@ def _render_cost(cost: dict[str, Any], memory: int | None, console: Console, whe
     peak = cost["peak_memory_bytes"]
     console.print(f"Estimated peak memory: {_gigabytes(peak)}, of {_gigabytes(memory)} available{where}")
     if peak is not None and memory is not None and peak > memory:
-        console.print("This will not fit: lower train.row_tokens or generate.batch_responses, or set train.method lora")
+        console.print(f"This will not fit: {MORE_ROOM}")
 
 
 def _isolation(lacks: list[str]) -> str:

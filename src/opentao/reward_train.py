@@ -303,16 +303,16 @@ def fitting(reward_model: RewardModel, rankings: Sequence[Ranking], max_tokens: 
     """Rankings whose prompt with each answer has at most `max_tokens` tokens, and as many as the model reads; of each
     other one, what is wrong."""
     kept, reasons = [], []
+    most = min(max_tokens, reward_model.max_tokens)
     for ranking in rankings:
         ids = reward_model.conversations(ranking.prompt.messages, ranking.texts, ranking.instruction)
         longest = max(map(len, ids))
-        if longest <= min(max_tokens, reward_model.max_tokens):
+        if longest <= most:
             kept.append(ranking)
         else:
             start = " ".join(ranking.prompt.text.split())[:40]
             reasons.append(f"{longest:,} tokens with the prompt {start!r}")
     if not kept:
-        most = min(max_tokens, reward_model.max_tokens)
         raise ModelError(f"no ranking has at most {most:,} tokens, prompt with answer: {reasons[0]}")
     return kept, reasons
 
