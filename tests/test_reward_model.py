@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     LlamaForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
@@ -257,6 +259,18 @@ def test_an_answer_too_long_for_an_encoder_leaves_the_others_their_scores(tiny_m
     (first, *others), alone = run_scorer_many(scorer, groups)
     assert [s.value for s in others] == pytest.approx(plain_scores(folder), abs=1e-4)
     assert all(re.fullmatch(r"too_long: \d+ tokens, \d+ fit", str(s.error)) for s in (first, *alone))
+
+
+def test_an_encoder_of_distances_reads_any_length(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """DeBERTa without absolute positions has a limit in its config and does not mean it."""
+    torch.manual_seed(0)
+    distances = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**SMALL, **distances, position_buckets=8, num_labels=1, initializer_range=0.3)
+    folder = foreign_folder(tiny_model_dir, tmp_path / "rm", DebertaV2ForSequenceClassification(config), CHATML)
+    scorer = build_scorer(ScorerConfig(type="reward_model", args={"model": str(folder)}))
+    prompt, long = Prompt(messages=tuple(MESSAGES)), "late " * config.max_position_embeddings
+    scores = run_scorer(scorer, Group.of_texts(prompt, [long, *ANSWERS]))
+    assert [s.value for s in scores] == pytest.approx(plain_scores(folder, [long, *ANSWERS]), abs=1e-4)
 
 
 def test_an_encoder_gets_its_own_special_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:

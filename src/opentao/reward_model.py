@@ -136,10 +136,15 @@ class RewardModel:
 
     @property
     def max_tokens(self) -> int:
-        """Longest conversation. Decoders turn positions further than they were trained to; encoders look them up."""
+        """Longest conversation. Decoders turn positions further than they were trained to; encoders look them up.
+
+        DeBERTa mostly does not: it knows how far apart tokens are, and that in buckets, so any length has a place.
+        """
         if self.reads_last_token:
             return sys.maxsize
-        limit: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        config = self.model.config.get_text_config()
+        looked_up = getattr(config, "position_biased_input", True)
+        limit: int = (looked_up and getattr(config, "max_position_embeddings", None)) or sys.maxsize
         return min(limit, self.tokenizer.model_max_length)
 
     @property
