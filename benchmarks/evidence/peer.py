@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sizes
 import small
+import torch
 import yaml
 from lab import HERE, SEEDS, Facts, Lab, changes, made, made_of, python, tao
 
@@ -24,18 +25,22 @@ from opentao.prompts import read_prompts
 from opentao.store import Run, table_to_prompts
 
 TRL = HERE.parent / "envs" / "trl" / "bin" / "python"
-POLICIES = 4  # of TRL's that are judged, evenly over its time
+BF16 = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # what TRL multiplies in: without AMX its steps are slower so
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Match:
-    """One task on which both train. `settings`: of ours; `theirs`: of trl_grpo.py (dev/LOG.md says how found)."""
+    """One task on which both train. `settings`: of ours; `theirs`: of trl_grpo.py (dev/LOG.md says how found).
+
+    `policies`: how many of TRL's are judged, evenly over its time.
+    """
 
     name: str
     folder: Path
     settings: Facts
     rounds: int
     times: float
+    policies: int = 4
     theirs: Facts = field(default_factory=dict)
 
 
@@ -44,7 +49,19 @@ def matches(lab: Lab) -> tuple[Match, ...]:
     grpo: Facts = {"group_size": 8, "prompts_per_step": 4, "micro_batch": 8, "learning_rate": 1e-4, "lora": False}
     short: Facts = {"scorers": small.EXACT, "train.learning_rate": sizes.RATES["135M"]}
     levels = {"parses": 0.1, "runs": 0.3, "non_empty": 1.0}  # no votes: TRL's answers are judged in other groups
-    queries: list[Facts] = [{"type": "sql", "args": {"database": "databases/{db_id}.sqlite", "levels": levels}}]
+    queries: list[Facts] = [
+        {"type": "sql", "args": {"database": "databases/{db_id}.sqlite", "levels": levels}},
+        {"type": "python", "name": "linked", "args": {"function": "queries:linked"}},  # else any query will do
+    ]
+    own = {  # from the second round on: the policy's own answers, and what is bad counts, too
+        "generate": {"strategies": [{"name": "plain"}]},
+        "train": {
+            "objective": "online",
+            "epochs": 1,
+            "temperature": None,
+            "keep": {"strategy": "max_variance", "responses": 4},
+        },
+    }
     return (
         Match(
             name="small tasks",
@@ -57,9 +74,9 @@ def matches(lab: Lab) -> tuple[Match, ...]:
         Match(
             name="text_to_sql",
             folder=lab.folder("text_to_sql"),
-            settings={"scorers": queries, "prompts_per_round": 96},  # rounds as short as those of the small tasks
+            settings={"scorers": queries, "prompts_per_round": 64, "later_rounds": own},
             rounds=2,
-            times=6.0,
+            times=4.0,
             theirs=grpo,
         ),
     )
@@ -72,7 +89,7 @@ def measure(lab: Lab, match: Match) -> None:
     for seed in SEEDS:
         of = [made_of(match.folder), match.settings, match.rounds]
         ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s), of)
-        of = [of, match.theirs, match.times, POLICIES]
+        of = [of, match.theirs, match.times, match.policies]
         lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o), of)
 
 
@@ -101,7 +118,7 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
     ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
     out = made(
         lab.work / "peer" / match.name / f"trl-{seed}",
-        [match.settings, match.theirs, match.times, ours_took, POLICIES],
+        [match.settings, match.theirs, match.times, ours_took, match.policies],
         lambda out: _train(lab, match, seed, out, match.times * ours_took),
     )
     points = ours["points"][:1]
@@ -112,8 +129,10 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
         given = [f"--set={c}" for c in changes(match.settings | few)]
         tao("predict", "tao.yaml", "--run", str(directory), *given, cwd=match.folder)
         after = json.loads((directory / "round-0" / "eval.json").read_text())
-        points.append({"seconds": round(policy["seconds"], 1), "first_try": after["first_try"], "step": policy["step"]})
-    return {"points": points, "settings": match.theirs}
+        audit = after["audit"] and after["audit"]["first_try"]
+        point = {"seconds": round(policy["seconds"], 1), "first_try": after["first_try"], "audit": audit}
+        points.append(point | {"step": policy["step"]})
+    return {"points": points, "settings": match.theirs, "bf16": BF16}
 
 
 def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None:
@@ -139,8 +158,8 @@ def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None
         "out": str(out),
         "seed": seed,
         "threads": 2,
-        "bf16": False,
-        "save_at": [seconds * (i + 1) / POLICIES for i in range(POLICIES)],
+        "bf16": BF16,
+        "save_at": [seconds * (i + 1) / match.policies for i in range(match.policies)],
         "new_tokens": config["generate"]["max_new_tokens"],
         "temperature": config["generate"]["temperature"],
     } | match.theirs

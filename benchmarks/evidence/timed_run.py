@@ -1,6 +1,8 @@
 """A run's rounds in one process, as `tao run` does them, each timed without its evaluation.
 
-python timed_run.py CONFIG RUN OUT [KEY=VALUE …]   one JSON line a round in OUT: seconds of training so far, first try
+python timed_run.py CONFIG RUN OUT [KEY=VALUE …]
+
+Writes one JSON line a round to OUT: seconds of training so far, first try, audit.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def main() -> None:
                 seconds += time.perf_counter() - start
                 outcomes.append(measure(session, round_, policy, base, earlier=outcomes, facts=facts))
             numbers = outcomes[-1].numbers
-            print(json.dumps({"seconds": round(seconds, 1), "first_try": numbers["first_try"]}), file=out, flush=True)
+            audit = numbers["audit"] and numbers["audit"]["first_try"]
+            point = {"seconds": round(seconds, 1), "first_try": numbers["first_try"], "audit": audit}
+            print(json.dumps(point), file=out, flush=True)
 
 
 if __name__ == "__main__":
