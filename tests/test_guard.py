@@ -89,8 +89,8 @@ def test_a_reward_that_can_be_hacked_is_stopped_and_rolled_back(tree: Tree, tmp_
     last = summary["rounds"][-1]
     assert summary["why"].startswith(f"Round {last['round']} was stopped as over-optimised: against ")
     assert last["guard"]["tripped"] and summary["why"].startswith(last["guard"]["tripped"])
-    # What was watched says the same: answers got longer, and an endless answer beats them all.
-    assert summary["rounds"][-1]["length"]["mean"] > summary["base"]["length"]["mean"]
+    # What was watched says the same: answers got longer (characters; tokens end at 24), and an endless one beats all.
+    assert last["first_try"]["mean"] > summary["base"]["first_try"]["mean"]
     assert summary["base"]["guard"]["canaries"]["very long"] == 1.0
     assert summary["base"]["guard"]["canaries"]["empty"] == 0.0
     assert "was stopped as over-optimised" in (tmp_path / "report.html").read_text()
