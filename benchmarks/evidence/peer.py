@@ -26,21 +26,18 @@ from opentao.store import Run, table_to_prompts
 
 TRL = HERE.parent / "envs" / "trl" / "bin" / "python"
 BF16 = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # what TRL multiplies in: without AMX its steps are slower so
+POLICIES = 4  # of TRL's that are judged, evenly over its time
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Match:
-    """One task on which both train. `settings`: of ours; `theirs`: of trl_grpo.py (dev/LOG.md says how found).
-
-    `policies`: how many of TRL's are judged, evenly over its time.
-    """
+    """One task on which both train. `settings`: of ours; `theirs`: of trl_grpo.py (dev/LOG.md says how found)."""
 
     name: str
     folder: Path
     settings: Facts
     rounds: int
     times: float
-    policies: int = 4
     theirs: Facts = field(default_factory=dict)
 
 
@@ -89,7 +86,7 @@ def measure(lab: Lab, match: Match) -> None:
     for seed in SEEDS:
         of = [made_of(match.folder), match.settings, match.rounds]
         ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s), of)
-        of = [of, match.theirs, match.times, match.policies]
+        of = [of, match.theirs, match.times, POLICIES]
         lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o), of)
 
 
@@ -99,7 +96,13 @@ def reached(points: list[Facts], level: float) -> float | None:
     >>> reached([{"seconds": 0, "first_try": {"mean": 0.0}}, {"seconds": 10, "first_try": {"mean": 1.0}}], 0.5)
     10.0
     """
-    return next((float(p["seconds"]) for p in points if p["first_try"]["mean"] >= level), None)
+    point = as_good(points, level)
+    return float(point["seconds"]) if point else None
+
+
+def as_good(points: list[Facts], level: float) -> Facts | None:
+    """The first whose first try is as good as `level`."""
+    return next((p for p in points if p["first_try"]["mean"] >= level), None)
 
 
 def _ours(lab: Lab, match: Match, seed: int) -> Facts:
@@ -118,7 +121,7 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
     ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
     out = made(
         lab.work / "peer" / match.name / f"trl-{seed}",
-        [match.settings, match.theirs, match.times, ours_took, match.policies],
+        [match.settings, match.theirs, match.times, ours_took, POLICIES],
         lambda out: _train(lab, match, seed, out, match.times * ours_took),
     )
     points = ours["points"][:1]
@@ -159,7 +162,7 @@ def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None
         "seed": seed,
         "threads": 2,
         "bf16": BF16,
-        "save_at": [seconds * (i + 1) / match.policies for i in range(match.policies)],
+        "save_at": [seconds * (i + 1) / POLICIES for i in range(POLICIES)],
         "new_tokens": config["generate"]["max_new_tokens"],
         "temperature": config["generate"]["temperature"],
     } | match.theirs
