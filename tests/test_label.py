@@ -196,6 +196,46 @@ def test_import_and_export_commands(tmp_path: Path) -> None:
     assert (row["responses"], row["ranks"], row["annotator"]) == (["a", "b"], [1.0, 2.0], "ann")
 
 
+def test_export_of_two_files_parts_prompts_not_rows(tmp_path: Path) -> None:
+    """Every choice is in one of them; two choices about one prompt, and about its near-copy, in the same."""
+    long = "please tell me how I can change the address of a parcel that was sent two days ago from the shop"
+    prompts = [
+        *(f"{word} {long[: 9 * i]}" for i, word in enumerate(("why", "who", "when", "how"))),
+        long,
+        f"{long} now",
+    ]
+    rows = [{"prompt": p, "chosen": f"a{i}", "rejected": "b", "annotator": str(i)} for i in (0, 1) for p in prompts]
+    pairs, db = tmp_path / "pairs.jsonl", tmp_path / "c.sqlite"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = CliRunner().invoke
+    assert run(app, ["label", "import", "--pairs", str(pairs), "--db", str(db)]).exit_code == 0
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    command = ["label", "export", "--db", str(db), "--out", str(train), "--json"]
+    result = run(app, [*command, "--test", str(test), "--test-share", "0.5"])
+    assert result.exit_code == 0, result.output
+    sides = [[json.loads(line) for line in path.read_text().splitlines()] for path in (train, test)]
+    facts = json.loads(result.stdout)
+    assert [facts["rankings"], facts["test_rankings"]] == [len(side) for side in sides]
+    assert sum(map(len, sides)) == len(rows)
+    asked = [{row["messages"][0]["content"] for row in side} for side in sides]
+    assert all(asked) and not asked[0] & asked[1]
+    assert any({long, f"{long} now"} <= side for side in asked)
+    for other in (train, db):
+        assert run(app, [*command, "--test", str(other)]).exit_code != 0
+    assert Choices(db).choices()
+
+
+def test_export_of_two_files_needs_two_prompts(tmp_path: Path) -> None:
+    pairs, db = tmp_path / "pairs.jsonl", tmp_path / "c.sqlite"
+    pairs.write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+    run = CliRunner().invoke
+    assert run(app, ["label", "import", "--pairs", str(pairs), "--db", str(db)]).exit_code == 0
+    files = ["--out", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
+    result = run(app, ["label", "export", "--db", str(db), *files])
+    assert result.exit_code == 1 and "all choices are about one prompt" in result.output
+    assert not list(tmp_path.glob("t*.jsonl"))
+
+
 def test_bad_commands(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["label", "export", "--db", str(tmp_path / "none"), "--out", "x"])
     assert result.exit_code == 1 and "there is no such file" in result.output

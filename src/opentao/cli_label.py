@@ -13,6 +13,7 @@ from opentao.config import LabelKind
 from opentao.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from opentao.preferences import Ranking
     from opentao.web.choices import Choices, Item
 
 label_app = typer.Typer(help="Let people choose between answers, on a web page.", no_args_is_help=True)
@@ -110,33 +111,59 @@ def _serve(choices: Choices, plan: Any, names: list[str], host: str, port: int) 
 @guarded
 def label_export(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Preference file to write, JSONL.")],
+    test: Annotated[
+        Path | None,
+        typer.Option("--test", metavar="FILE", help="A second one, of choices about other prompts: to measure on."),
+    ] = None,
+    test_share: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of prompts that go to --test.")] = 0.2,
     db: Database = Path("choices.sqlite"),
     as_json: AsJson = False,
 ) -> None:
-    """Write the choices as a preference file, with annotator, time and order."""
+    """Write the choices as a preference file, with annotator, time and order; or as two, near-copies in one of them."""
     from opentao.preferences import write_preferences
     from opentao.web.agreement import alpha, between, with_oneself
     from opentao.web.choices import Choices
     from opentao.web.preference_rows import rankings_of
 
-    if out.exists() and out.samefile(_existing(db)):
-        raise DataError(f"{out}: holds the choices; name another file with --out")
+    files = {"--out": out} | ({"--test": test} if test else {})
+    for option, file in files.items():
+        if file.exists() and file.samefile(_existing(db)):
+            raise DataError(f"{file}: holds the choices; name another file with {option}")
+    if test and test.resolve() == out.resolve():
+        raise ConfigError(f"--test {test}: is the file of --out; name another")
     choices = Choices(_existing(db))
     rankings = rankings_of(choices)
     if not rankings:
         raise DataError(f"{db}: no choice that says something yet")
-    write_preferences(out, rankings)
+    sides = _halves(rankings, test_share, db) if test else [rankings]
+    for file, side in zip(files.values(), sides, strict=True):
+        write_preferences(file, side)
     made = choices.choices()
+    tested = {"test_rankings": len(sides[1]), "test": str(test)} if test else {}
     facts = {
-        "rankings": len(rankings),
+        "rankings": len(sides[0]),
         "choices": len(made),
         "skipped": sum("skip" in c.answer for c in made),
         "agreement": alpha(made),
         "with_others": between(made),
         "with_oneself": with_oneself(made),
         "out": str(out),
-    }
-    emit(facts, as_json, f"{len(rankings)} rankings of {len(made)} choices -> {out}")
+    } | tested
+    written = ", ".join(f"{len(side)} -> {file}" for side, file in zip(sides, files.values(), strict=True))
+    emit(facts, as_json, f"{len(rankings)} rankings of {len(made)} choices: {written}")
+
+
+def _halves(rankings: list[Ranking], share: float, db: Path) -> list[list[Ranking]]:
+    """[to train on, to test on]: by prompt, near-duplicates on one side."""
+    from opentao.config import PromptsConfig
+    from opentao.split import hold_out, near_duplicates
+
+    alike = near_duplicates([r.prompt for r in rankings], PromptsConfig.model_fields["near_duplicate"].default)
+    if len(alike) < 2:
+        raise DataError(f"{db}: all choices are about one prompt, or near-duplicates of it; --test needs another one")
+    _, tests = hold_out(alike, share)
+    tested = {prompt.id for cluster in tests for prompt in cluster}
+    return [[r for r in rankings if (r.prompt.id in tested) is wanted] for wanted in (False, True)]
 
 
 @label_app.command("import")

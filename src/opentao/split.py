@@ -44,7 +44,7 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
     Raises:
         DataError: fewer than two clusters, or a prompt without the entry that `split_by` names.
     """
-    found = sorted(clusters(prompts, config), key=_place)
+    found = clusters(prompts, config)
     if len(found) < 2:
         counts = f"{counted(len(prompts), 'prompt')} in {counted(len(found), 'cluster')}"
         raise DataError(
@@ -52,10 +52,15 @@ def split(prompts: Sequence[Prompt], config: PromptsConfig) -> Split:
             " expected at least 2, one to train on and one to hold out (prompts.near_duplicate"
             f"{' and prompts.split_by set' if config.split_by else ' sets'} what counts as one)"
         )
-    num_below = sum(_place(cluster) < config.heldout_fraction for cluster in found)
-    cut = min(max(num_below, 1), len(found) - 1)
-    heldout, train = (_by_id(side) for side in (found[:cut], found[cut:]))
+    train, heldout = map(_by_id, hold_out(found, config.heldout_fraction))
     return Split(train=train[: config.max_train], heldout=heldout[: config.max_heldout])
+
+
+def hold_out(clusters: Sequence[list[Prompt]], share: float) -> tuple[list[list[Prompt]], list[list[Prompt]]]:
+    """(the others, held out): about `share` of the clusters, by hash. Of two or more at least one on each side."""
+    found = sorted(clusters, key=_place)
+    cut = min(max(sum(_place(cluster) < share for cluster in found), 1), len(found) - 1)
+    return found[cut:], found[:cut]
 
 
 def split_given(prompts: Sequence[Prompt], heldout: Sequence[Prompt], config: PromptsConfig) -> Split:
