@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,20 @@ LOOP = Path(__file__).parent.parent / "examples" / "loop_from_scratch.py"
 TOLERANCE = 0.02  # of a mean share of even tokens over 32 prompts
 
 
-def from_scratch(*args: object) -> list[float]:
+FromScratch = Callable[..., list[float]]
+
+
+@pytest.fixture
+def from_scratch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FromScratch:
     """What the one file prints: base first try, base best of 8, then each round's first try."""
-    command = [sys.executable, str(LOOP), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [float(number) for number in re.findall(r"\b\d\.\d{3}\b", done.stdout)]
+
+    def call(*args: object) -> list[float]:
+        monkeypatch.setattr(sys, "argv", [str(LOOP), *map(str, args)])
+        capsys.readouterr()
+        runpy.run_path(str(LOOP), run_name="__main__")
+        return [float(number) for number in re.findall(r"\b\d\.\d{3}\b", capsys.readouterr().out)]
+
+    return call
 
 
 def test_it_is_short_and_stands_alone() -> None:
@@ -37,14 +46,14 @@ def test_it_is_short_and_stands_alone() -> None:
     assert modules - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
-def test_on_its_own_case() -> None:
+def test_on_its_own_case(from_scratch: FromScratch) -> None:
     first, best, *rounds = from_scratch()
     assert len(rounds) == 4
     assert rounds[-1] >= best - TOLERANCE
     assert best > first + 0.1  # there was something to gain
 
 
-def test_reaches_what_the_package_reaches(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_reaches_what_the_package_reaches(from_scratch: FromScratch, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Same model, same prompts on the same side, same reward: both make the first try as good as the best of 8 was."""
     summary = loop.run(even_tokens(tiny_model_dir, tmp_path), tmp_path / "run", Progress(quiet=True))
     base, tuned = summary["base"], summary["rounds"][-1]
