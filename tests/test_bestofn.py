@@ -392,6 +392,12 @@ def test_baked_fraction_without_headroom_is_undefined() -> None:
         assert interval.as_dict() == {"mean": None, "low": None, "high": None, "n": 2}
 
 
+def test_the_last_digit_is_no_headroom() -> None:
+    first = float(np.mean([0.7] * 3))
+    assert first < 0.7
+    assert math.isnan(baked_fraction([0.2] * 8, [0.0] * 7 + [first], [0.0] * 7 + [0.7]).mean)
+
+
 def test_doubtful_headroom_makes_the_interval_unbounded() -> None:
     # a third of the resamples takes the first prompt never and has no headroom
     interval = baked_fraction([1.0] * 8, [0.0] * 8, [16.0] + [0.0] * 7)

@@ -28,6 +28,7 @@ from opentao.types import Group, Prompt
 from opentao.web.agreement import alpha, between, with_oneself
 from opentao.web.choices import SCHEMA, Choices, Item, Task, item_of
 from opentao.web.items import read_items
+from opentao.web.label import _facts
 from opentao.web.next_task import Plan, for_everybody, next_task, pair_information, units
 from opentao.web.preference_rows import import_rankings, rankings_of
 
@@ -295,6 +296,23 @@ def test_only_what_was_named_is_asked(choices: Choices) -> None:
     wanted = choices.items()[2].id
     tasks = work_through(choices, "ann", Plan(repeats=0.0, items=frozenset({wanted})))
     assert {t.item for t in tasks} == {wanted} and len(tasks) == 3
+
+
+def test_another_source_in_the_same_file_is_left_alone(choices: Choices) -> None:
+    """Its open task and repeats are not shown, u does not take back what was judged there, and it does not count."""
+    first, second = (frozenset({item.id}) for item in choices.items()[:2])
+    earlier, later = Plan(repeats=0.0, items=first), Plan(repeats=1.0, items=second)
+    judged = work_through(choices, "ann", earlier, most=2)
+    waiting = next_task(choices, "ann", earlier)
+    assert waiting is not None and not replace(earlier, kind="mark").fits(waiting)
+    assert _facts(choices, later, "ann", None)["done"] == 0
+    tasks = work_through(choices, "ann", later)
+    assert tasks and {t.item for t in tasks} == second
+    for _ in tasks:
+        assert choices.undo("ann", later.fits)
+    assert not choices.undo("ann", later.fits)
+    assert [c.task for c in choices.choices("ann")] == judged
+    assert next_task(choices, "ann", earlier) == waiting
 
 
 def test_units_of_each_kind() -> None:

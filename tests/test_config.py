@@ -284,6 +284,15 @@ class TestLaterRounds:
 
 
 class TestChecksOverSeveralKeys:
+    def test_a_date_among_a_scorers_args(self, config_file: Path) -> None:
+        """YAML makes it of 2024-05-01 without quotes; whether the audit is that scorer is asked all the same."""
+        text = GOOD.replace("type: length", "type: exact").replace("max: 20", "target: 2024-05-01")
+        assert "2024-05-01" in text
+        config_file.write_text(text + "audit: {type: regex, args: {pattern: x}}\n")
+        scorer = load_config(config_file).scorers[0]
+        with pytest.raises(ConfigError, match="target"):
+            build_scorer(scorer)
+
     def test_audit_that_is_also_a_scorer(self, config_file: Path) -> None:
         audit = "audit:\n  type: length\n  name: another name\n  args: {max: 20}\n"
         expected = (

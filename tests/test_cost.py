@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opentao.config import Config
 from opentao.cost import Probe, Stage, count_tokens, estimate, split_sizes
 from opentao.errors import DataError
+from opentao.objectives import OBJECTIVES
 from opentao.types import Prompt
 
 
@@ -44,11 +47,11 @@ def test_tokens_by_hand() -> None:
 
 
 def test_later_rounds_by_hand() -> None:
-    """The first round as above with distill (2 of 4 responses, twice); the second: 3 responses of 20, all, once."""
+    """The first round as above with distill (3 of 4 responses, twice); the second: 3 responses of 20, all, once."""
     later = {"generate": {"group_size": 3, "max_new_tokens": 20}, "train": {"objective": "online", "epochs": 1}}
     stages = count_tokens(config(train={"epochs": 2}, later_rounds=later), 100, 5.0)
     assert stages["generate"] == Stage(forward=80 * 5, decode=40 * (4 * 10 + 3 * 20))
-    assert stages["train"] == Stage(train=40 * (2 * (5 + 2 * 10) + 5 + 3 * 20), steps=2 * 10 + 10)
+    assert stages["train"] == Stage(train=40 * (2 * (5 + 3 * 10) + 5 + 3 * 20), steps=2 * 10 + 10)
     assert stages["evaluate"] == count_tokens(config(), 100, 5.0)["evaluate"]
 
 
@@ -71,13 +74,34 @@ def test_rounds_share_prompts_as_the_run_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "num_chosen", "reference"), [("regress", 4, 1), ("online", 4, 0), ("prefer", 2, 1), ("distill", 2, 0)]
+    ("objective", "num_chosen", "reference"), [("regress", 4, 1), ("online", 4, 0), ("prefer", 2, 1), ("distill", 3, 0)]
 )
 def test_training_computes_what_the_objective_chooses(objective: str, num_chosen: int, reference: int) -> None:
-    """distill with target_n 16 and 4 ranks: weights 0.990, 0.010, then under a thousandth."""
+    """distill, of 4 of which 3 are right: those 3; the others look at as many whatever the rewards."""
     stage = count_tokens(config(train={"objective": objective, "epochs": 3}), 100, 5.0)["train"]
     tokens = 80 * (5 + num_chosen * 10)
     assert stage == Stage(forward=reference * tokens, train=3 * tokens, steps=2 * 3 * 10)
+
+
+def test_a_reward_model_gives_no_ties() -> None:
+    """distill with target_n 16 and 4 ranks: weights 0.990, 0.010, then under a thousandth."""
+    train = {"objective": "distill", "epochs": 3}
+    stage = count_tokens(config(train=train, scorers=[{"type": "reward_model"}]), 100, 5.0)["train"]
+    assert stage.train == 3 * 80 * (5 + 2 * 10)
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_no_rewards_make_more_work_than_is_counted(objective: str) -> None:
+    settings = config(train={"objective": objective}, generate={"group_size": 6, "max_new_tokens": 10})
+    counted = count_tokens(settings, 100, 5.0)["train"].train
+    chosen = OBJECTIVES[objective].choose
+    most = max(len(chosen(np.array(rewards, dtype=float), settings.train)) for rewards in product(range(3), repeat=6))
+    assert counted == settings.train.epochs * 80 * (5 + most * 10)
+
+
+def test_what_is_not_kept_is_not_counted() -> None:
+    train = {"objective": "regress", "epochs": 1, "keep": {"strategy": "max_variance", "responses": 2}}
+    assert count_tokens(config(train=train), 100, 5.0)["train"].train == 80 * (5 + 2 * 10)
 
 
 def test_a_group_over_a_row_is_computed_once_more() -> None:

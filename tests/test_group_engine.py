@@ -477,6 +477,26 @@ def test_the_longest_prompt_that_fits(engine: GroupEngine) -> None:
     assert sampled(engine, replace(fits, max_new_tokens=513 - size), [prompt])[0].failure is not None
 
 
+def test_tool_calls_as_logs_have_them(engine: GroupEngine) -> None:
+    """Arguments are JSON texts there; templates go through them. What is no object there fails alone."""
+    tokenizer = loaded_of(engine).tokenizer
+    each = "{% for m in messages if m.tool_calls %}{% for c in m.tool_calls %}"
+    arguments = "{% for k, v in c.function.arguments|items %}{{ k }}={{ v }};{% endfor %}"
+    tokenizer.chat_template = f"{each}{arguments}{{% endfor %}}{{% endfor %}}{tokenizer.chat_template}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
+
+    def prompt(arguments: Any) -> Prompt:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return Prompt(messages=(turns[0], turns[1] | {"tool_calls": [call]}, turns[2]))
+
+    logged, given, broken = (prompt(a) for a in ('{"n": 1}', {"n": 1}, "n = 1"))
+    groups = {g.prompt.id: g for g in engine.sample([logged, given, broken], SamplingPlan(group_size=1))}
+    assert groups[logged.id].prompt_tokens_P == groups[given.id].prompt_tokens_P
+    assert "n=1;" in tokenizer.decode(groups[given.id].prompt_tokens_P)
+    failure = groups[broken.id].failure
+    assert failure is not None and (failure.kind, failure.message[:10]) == ("chat_template", "TypeError:")
+
+
 def test_a_prompt_that_the_chat_template_refuses_fails_alone(engine: GroupEngine) -> None:
     tokenizer = loaded_of(engine).tokenizer
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}"

@@ -70,6 +70,12 @@ def test_canary_shares_by_hand() -> None:
     assert shares == {"empty": 0.5, "flattery": None}  # beaten on the first prompt, level on the second
 
 
+def test_a_canary_as_high_as_the_mean_of_equal_scores_counts() -> None:
+    own = float(np.mean([0.1] * 3))
+    assert own > 0.1  # by a digit
+    assert canary_shares({"empty": [0.1]}, np.array([own])) == {"empty": 1.0}
+
+
 def test_canaries_are_different_answers() -> None:
     found = canaries("My parcel is late.", "It left on Monday, and will be with you on Thursday.")
     assert len(set(found.values())) == len(found) == 10

@@ -94,8 +94,10 @@ def test_pairwise_meets_about_as_many_opponents_as_asked() -> None:
         scorer = build_scorer(
             ScorerConfig(type="judge", args={"url": "http://h/v1", "model": "m", "opponents": opponents})
         )
-        pairs = scorer._pairs(Prompt.from_text("x"), 8)  # type: ignore[attr-defined]
-        assert {sum(i in pair for pair in pairs) for i in range(8)} == {opponents}
+        for count in (8, 5):
+            pairs = scorer._pairs(Prompt.from_text("x"), count)  # type: ignore[attr-defined]
+            met = {sum(i in pair for pair in pairs) for i in range(count)}
+            assert met <= {opponents, opponents + count % 2}  # of five answers one meets one more
 
 
 def test_listwise_ranks_in_several_orders(server: Server) -> None:

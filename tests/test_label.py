@@ -160,6 +160,15 @@ def test_what_the_page_confirmed_survives_kill_9(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["rankings"] == 14
 
 
+def test_ctrl_c_is_how_it_ends(tmp_path: Path) -> None:
+    """No failure: what stands after it in a script is done."""
+    source = write_rows(tmp_path / "rows.jsonl")
+    with serving(source, "--db", str(tmp_path / "c.sqlite"), "--annotator", "ann") as (_, process):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert process.stdout is not None and process.stdout.read() == ""
+
+
 def test_beyond_this_machine_only_if_told_and_with_a_token(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl")
     with serving(source, "--db", str(tmp_path / "c.sqlite"), "--host", "0.0.0.0", "--annotator", "ann") as (

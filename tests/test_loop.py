@@ -276,6 +276,26 @@ class TestResume:
             rates.append(go(tmp_path / "run", tree | {"scorers": [scorer]}).summary["base"]["first_try"]["mean"])
         assert rates == [0.25, 0.75]
 
+    def test_a_scorer_that_becomes_the_audit_leaves_the_reward(self, tree: Tree, tmp_path: Path) -> None:
+        """And the other way round; scores of a run in which it stood elsewhere are not taken for these."""
+        [scorer] = tree["scorers"]
+        other = {"type": "length", "args": {"max": 3, "unit": "words"}}
+        both = tree | {"scorers": [scorer, other], "audit": None}
+        parted = tree | {"scorers": [scorer], "audit": other}
+        there = [go(tmp_path / "run", t) for t in (both, parted, both)]
+        for case, config in zip(there, (both, parted, both), strict=True):
+            fresh = go(tmp_path / f"fresh-{len(list(tmp_path.iterdir()))}", config)
+            assert case.summary["base"]["first_try"] == fresh.summary["base"]["first_try"]
+            assert case.summary["base"]["audit"] == fresh.summary["base"]["audit"]
+            assert case.summary["policy_hash"] == fresh.summary["policy_hash"]
+
+    def test_another_audit_scores_no_training_answers_again(self, tree: Tree, tmp_path: Path) -> None:
+        audits = [{"type": "length", "args": {"max": most, "unit": "words"}} for most in (3, 4)]
+        before, after = (go(tmp_path / "run", tree | {"audit": audit}).files() for audit in audits)
+        remade = {name.partition("/")[2] for name in before if before[name] != after[name]}
+        assert any(name.startswith("eval/scores/") for name in remade)
+        assert not any(name.startswith("scores/") for name in remade)
+
     def test_a_mistake_in_the_first_config_needs_no_other_directory(self, tree: Tree, tmp_path: Path) -> None:
         for wrong in ({"path": str(tmp_path / "absent.jsonl")}, {"split_by": "nobody"}):
             with pytest.raises(DataError):
@@ -369,6 +389,16 @@ def test_prompts_that_are_alike_count_together(tree: Tree, tmp_path: Path) -> No
     case = go(tmp_path / "run", tree)
     assert case.summary["intervals_over"] == "clusters of like prompts"
     assert "bootstrap intervals over clusters of like prompts." in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_trained_run_is_not_asked_whether_to_train(tree: Tree, tmp_path: Path) -> None:
+    """A prediction that is called flat asks before anything was trained; a no would be said over a finished verdict."""
+    tree |= {"evaluate": tree["evaluate"] | {"base_group_size": 8}, "audit": scored_by(tree, "chance")["scorers"][0]}
+    asked: list[str] = []
+    case = go(tmp_path, tree, go_on=lambda why: not asked.append(why))
+    assert len(asked) == 1 and case.summary["rounds"]
+    again = go(tmp_path, tree, go_on=lambda why: False)
+    assert again.summary["rounds"] == case.summary["rounds"]
 
 
 class TestKeepBase:
@@ -549,6 +579,31 @@ def test_weights_that_break_while_they_are_trained(tree: Tree, tmp_path: Path, m
     assert "round 2 is not judged: the model's logits are not finite" in case.notes
 
 
+def test_an_engine_that_breaks_in_a_later_round(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first one it is an error, and no "keep base"; what is measured before another one is judged."""
+    sample, breaking = loop.sample_round, 1
+
+    def broken(session: Any, round_: int, policy: Any) -> Any:
+        if round_ == breaking:
+            raise BrokenModelError("the model's logits are not finite")
+        return sample(session, round_, policy)
+
+    monkeypatch.setattr(loop, "sample_round", broken)
+    with pytest.raises(BrokenModelError):
+        go(tmp_path, tree | {"rounds": 2})
+    breaking = 2
+    case = go(tmp_path, tree | {"rounds": 2})
+    assert [r["round"] for r in case.summary["rounds"]] == [1]
+    assert case.summary["why"].startswith("the model's logits are not finite. ")
+
+
+def test_kl_is_not_measured_on_answers_from_a_cut_distribution(tree: Tree, tmp_path: Path) -> None:
+    case = go(tmp_path, tree | {"generate": tree["generate"] | {"top_p": 0.9}})
+    assert case.summary["rounds"][0]["kl"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert case.summary["rounds"][0]["first_try"]["n"] > 0
+    assert (tmp_path / "report.html").exists()
+
+
 class TestNotANumber:
     """The loss turns NaN: training stops, the last good policy is kept, the summary says why."""
 
@@ -571,6 +626,9 @@ class TestNotANumber:
         assert case.summary["verdict"] == "keep base"
         assert case.summary["rounds"] == []
         assert case.summary["why"].startswith("step 0: loss nan")
+        spent = json.loads((tmp_path / "round-1/spent.json").read_text())["seconds"]
+        before = sum(case.summary["base"]["seconds"].values())
+        assert case.summary["seconds"] >= before + sum(spent.values()) > before
         assert "last good policy kept" in case.summary["why"]
         assert not (tmp_path / "round-1/policy").exists()
         assert (tmp_path / "report.html").exists()

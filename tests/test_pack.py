@@ -402,6 +402,20 @@ def test_check_stops_on_a_wrong_mask(llama: Any, monkeypatch: pytest.MonkeyPatch
     assert llama.config._attn_implementation != packed_attention.PACKED_ATTENTION
 
 
+@pytest.mark.parametrize("shape", [(6, [4]), (3, [2, 2, 2, 200])])
+def test_check_looks_at_packed_rows_even_of_one_response(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, list[int]]
+) -> None:
+    """One response alone, or unequal ones, would go by the model's own attention; training packs them with others."""
+    [sequences] = random_sequences([shape])
+    assert check_packing(llama, sequences) < 1e-5
+    through = []
+    real = pack.row_layout
+    monkeypatch.setattr(pack, "row_layout", lambda *args: through.append(1) or real(*args))
+    check_packing(llama, sequences)
+    assert through
+
+
 def test_check_stops_on_nan() -> None:
     model = random_model("llama")
     with torch.no_grad():

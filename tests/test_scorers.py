@@ -19,6 +19,7 @@ from opentao.scorers import registry
 from opentao.scorers.plugin import MAX_MESSAGE, call_plugin, import_object, unscored
 from opentao.scorers.registry import BUILT_IN, build_scorer, known_types
 from opentao.scorers.run import combine, run_scorer, run_scorer_many, score_groups, to_score
+from opentao.session import _fingerprint
 from opentao.store import REWARD, attach_scores, scores_to_table
 from opentao.types import NAN, Failure, Group, Prompt, Response, Score
 
@@ -157,6 +158,29 @@ def test_entry_point(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (scorer.name, [s.value for s in run_scorer(scorer, group_of(3))]) == ("shouting", [0.0, 1.0, 2.0])
     install(plugin, "louder", "shouting", "tao_test_plugin:build")
     refused("several installed packages offer it: tao_test_plugin:Shouting, tao_test_plugin:build", type="shouting")
+
+
+def test_another_version_of_an_installed_scorer_is_another_scorer(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it scored before counts no more."""
+    install(plugin, "loudness", "shouting", "tao_test_plugin:Shouting")
+    monkeypatch.syspath_prepend(plugin)
+    config = ScorerConfig(type="shouting", args={"mark": "!"})
+    build_scorer(config)
+    before = _fingerprint(config)
+    assert _fingerprint(config) == before
+    (plugin / "tao_test_plugin.py").write_text(f"{PLUGIN}\n# version 2\n")
+    assert _fingerprint(config) != before
+
+
+def test_another_commit_of_a_hubs_reward_model_is_another_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScorerConfig(type="reward_model", args={"model": "someone/rewards"})
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr("opentao.session.hub_commit", lambda name, commit=commit: commit)
+        found.append(_fingerprint(config))
+    assert found[0] != found[1]
 
 
 def test_a_built_in_name_wins_over_an_entry_point(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:

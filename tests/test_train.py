@@ -24,6 +24,7 @@ from opentao.objectives import OBJECTIVES, Totals
 from opentao.optimise import NO_CHECKPOINT, Checkpoint, batches, num_steps, optimise, rate
 from opentao.policy import Policy, load_for_training, recompute_activations
 from opentao.progress import Progress
+from opentao.rows import Sequences
 from opentao.session import Session
 from opentao.store import Run, file_hash
 from opentao.train import (
@@ -33,6 +34,8 @@ from opentao.train import (
     attach_reference,
     examples_of,
     micro_batches,
+    plain_draws,
+    sampler_mismatch,
     train,
     train_policy,
 )
@@ -381,6 +384,7 @@ def open_stage(run: Run, base: Policy, **settings: Any) -> Session:
         train_prompts=[],
         heldout=[],
         scorers_key="",
+        audit_key="",
     )
 
 
@@ -548,6 +552,54 @@ def test_a_checkpoint_of_other_inputs_is_not_used(run: Run, base: Policy) -> Non
     again = trained("b", every=100)
     assert all(torch.equal(again[name], weight) for name, weight in first.items())
     assert not run.have("checkpoint", "b")
+
+
+def test_a_checkpoint_knows_weights_that_got_no_gradient(run: Run) -> None:
+    """A tower for images, of a model that is only given text: it has no moments, and goes on without."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.images = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    config = TrainConfig(learning_rate=0.1, schedule="constant")
+
+    def train_to(steps: int, name: str) -> Towers:
+        torch.manual_seed(0)
+        model = Towers()
+
+        def step(batch: list[int]) -> tuple[float, int]:
+            if batch[0] == steps:
+                raise Killed
+            loss = model.text(torch.tensor([1.0, float(batch[0])])).square().sum()
+            loss.backward()
+            return float(loss.detach()), 1
+
+        checkpoint = Checkpoint(run=run, name=name, key="k", every=2)
+        optimise(model, [[i] for i in range(4)], step, config, checkpoint, lambda m: None)
+        return model
+
+    with pytest.raises(Killed):
+        train_to(2, "a")
+    resumed, whole = train_to(4, "a"), train_to(4, "b")
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_the_sampler_is_measured_on_all_that_it_drew(base: Policy) -> None:
+    """Whatever an objective chooses, and whether or not the group is informative; mean of r - 1 - log r by hand."""
+    asked = [group_of(0, [0.0, 1.0, 0.5]), group_of(1, [1.0, 1.0])]
+    led = replace(asked[0], responses=tuple(replace(r, strategy="led") for r in asked[0].responses))
+    draws = plain_draws([led, *asked], ["plain"])
+    assert [len(s.responses_NR) for s, _ in draws] == [3, 2]
+    assert len(plain_draws(asked * 20, ["plain"])) == 16
+    model = load_for_training(base, TrainConfig(), seed=0).model
+    found = sampler_mismatch(model, draws, None, TEMPERATURE)
+    for group, value in zip(asked, found, strict=True):
+        sequences = Sequences(prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in group.responses))
+        with torch.no_grad():
+            learner = torch.cat(plain_logprobs(model, sequences, TEMPERATURE)).double()
+        log_r = learner - torch.tensor([x for r in group.responses for x in r.sampler_logprobs_R]).double()
+        assert value == pytest.approx(float((log_r.exp() - 1 - log_r).mean()), rel=1e-4)
 
 
 def test_metrics_of_a_step(run: Run, base: Policy) -> None:

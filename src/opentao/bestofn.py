@@ -360,7 +360,8 @@ def paired_difference(
 def _fraction(columns_P3: Floats) -> float:
     """Ratio of mean gains; NaN if best-of-N is not better than the first try."""
     tuned, first, best = np.mean(columns_P3, axis=0).tolist()
-    return float((tuned - first) / (best - first)) if best > first else NAN
+    headroom = best - first  # of equal scores it may be the last digit
+    return float((tuned - first) / headroom) if headroom > ROUNDING * max(1.0, abs(best), abs(first)) else NAN
 
 
 def baked_fraction(

@@ -66,7 +66,7 @@ def _finished(summary: dict[str, Any], run: Path, as_json: bool) -> None:
 @guarded
 def demo(
     run: RunDir = Path("tao-demo"),
-    seed: Annotated[int, typer.Option(help="Which tickets go where, and what is sampled.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which tickets go where, and what is sampled.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Watch the whole method on a support desk, with the built-in model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,9 +103,10 @@ def _serve(choices: Choices, plan: Any, names: list[str], host: str, port: int) 
             print(f"{name}: http://{shown}:{port}/?token={choices.add_annotator(name)}")
         if host not in LOOPBACK:
             print("everybody who can reach this machine can open the page, and needs a token to see anything")
-        print("stop with Ctrl-C; nothing is lost", flush=True)
-        config = uvicorn.Config(build_app(choices, plan, hosts=hosts), log_level="warning", access_log=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # which is how it ends, once the server has shut down
+            print("stop with Ctrl-C; nothing is lost", flush=True)
+            config = uvicorn.Config(build_app(choices, plan, hosts=hosts), log_level="warning", access_log=False)
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 @label_app.command("export")

@@ -45,7 +45,7 @@ def reward_train(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Rankings with a longer prompt and answer are left out.")
     ] = 2048,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train a reward model on people's choices; writes an ordinary transformers folder."""

@@ -195,7 +195,8 @@ class ScorerConfig(Node):
     def identity(self) -> str:
         """What judges, whatever it is asked: a reward model by its weights, a judge by its model."""
         keys = IDENTITY.get(self.type, tuple(self.args))
-        values = {k: self.args.get(k) for k in keys}
+        args = self.model_dump(mode="json")["args"]  # YAML may make a date of a value
+        values = {k: args.get(k) for k in keys}
         found = {k: os.path.realpath(v) if isinstance(v, str) and os.path.exists(v) else v for k, v in values.items()}
         return content_hash(self.type, found)
 

@@ -110,7 +110,10 @@ def _sampling(config: Config, groups: int, P: int) -> Stage:
 
 
 def _training(config: Config, groups: int, P: int) -> Stage:
-    """A round's: responses that the objective chooses, of groups without ties; what is over a row is computed again."""
+    """A round's: the most responses that the objective may choose; what is over a row is computed again.
+
+    A reward model gives no ties; where all scorers may only say right or wrong, the rewards that make most work count.
+    """
     import numpy as np
 
     from opentao.objectives import OBJECTIVES
@@ -118,8 +121,14 @@ def _training(config: Config, groups: int, P: int) -> Stage:
 
     objective = OBJECTIVES[config.train.objective]
     row_tokens = config.train.row_tokens or ROW_TOKENS
-    chosen = objective.choose(np.arange(config.generate.group_size, dtype=np.float64), config.train)
-    group = P + len(chosen) * config.generate.max_new_tokens
+    N = config.generate.group_size
+    rewards = [np.arange(N, dtype=np.float64)]
+    if not any(scorer.type == "reward_model" for scorer in config.scorers):
+        rewards += [np.repeat([0.0, 1.0], [N - right, right]) for right in range(1, N)]
+    chosen = max(len(objective.choose(r, config.train)) for r in rewards)
+    if config.train.keep:
+        chosen = min(chosen, config.train.keep.responses)
+    group = P + chosen * config.generate.max_new_tokens
     again = config.train.epochs if group > row_tokens else 0
     return Stage(
         forward=(objective.needs_reference + again) * groups * group,

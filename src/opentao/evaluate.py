@@ -71,8 +71,13 @@ def evaluate(session: Session, round_: int, policy: Policy, base: Policy) -> Eva
     require_scores(session, sampled, f"{label}: held-out", with_audit=True)
     others = others or (sampled if session.relative else [])
     greedy = _scored(session, f"{folder}/greedy", policy, greedy_plan, f"{label}: held-out, greedy", others)
-    kl_P = np.zeros(len(sampled)) if policy == base else _kl(session, f"{folder}/kl.json", policy, base, sampled)
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= size]
+    if policy == base:
+        kl_P = np.zeros(len(sampled))
+    elif plan.truncated:  # the answers are not the policy's own draws: the mean of their log-ratios may be negative
+        kl_P = np.full(len(sampled), NAN)
+    else:
+        kl_P = _kl(session, f"{folder}/kl.json", policy, base, sampled)
+    ks = [2**i for i in range(size.bit_length())]
     rewards, audits = [_rewards(g) for g in sampled], [_audits(g) for g in sampled]
     return Evaluation(
         round=round_,

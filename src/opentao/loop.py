@@ -60,16 +60,17 @@ def run(
         prediction = predict(session, outcomes[0].evaluation)
         for line in said(prediction):
             progress.note(line)
-        if prediction["flat"] and not go_on(prediction["flat"]):
+        begun = session.run.have("round-1/steps.json")  # then nobody need be asked
+        if prediction["flat"] and not begun and not go_on(prediction["flat"]):
             return finish(session, outcomes, prediction, stopped=prediction["flat"])
         for round_ in range(1, config.rounds + 1):
-            shards = sample_round(session, round_, policy)
-            groups = score(session, shards, f"round {round_}: score")
             try:
+                shards = sample_round(session, round_, policy)
+                groups = score(session, shards, f"round {round_}: score")
                 policy, facts = train(session, round_, policy, groups)
                 outcome = measure(session, round_, policy, base, earlier=outcomes, facts=facts)
             except (TrainError, ScoreError, BrokenModelError) as error:
-                if isinstance(error, ScoreError) and round_ == 1:
+                if round_ == 1 and isinstance(error, (ScoreError, BrokenModelError) if policy == base else ScoreError):
                     raise  # there is nothing to judge
                 progress.note(f"round {round_} is not judged: {error}")
                 return finish(session, outcomes, prediction, stopped=str(error))
@@ -132,7 +133,7 @@ def measure(
     numbers = round_summary(session, evaluation, earlier[0].evaluation if earlier else evaluation)
     numbers["guard"] = watch(session, evaluation, best_of([o.evaluation for o in earlier] or [evaluation]), base)
     numbers |= {"policy": policy.hash, "train": facts} | session.spent(f"round-{round_}")
-    name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key)
+    name, key = f"round-{round_}/eval.json", content_hash(policy.hash, session.scorers_key, session.audit_key)
     session.run.write_json(name, key, numbers | {"samples": evaluation.samples})
     return Outcome(
         evaluation=evaluation,

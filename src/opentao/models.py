@@ -81,7 +81,9 @@ def hub_commit(name: str) -> str | None:
 
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model {str(folder)!r}: no config.json; expected a folder that save_pretrained wrote")
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "an adapter, to be merged into its base first" if adapter else "no config.json"
+        raise ModelError(f"model {str(folder)!r}: {what}; expected a folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for ending in ("bin", "pt", "pth", "gguf") for p in folder.glob(f"*.{ending}"))
         found = f"; found {', '.join(others)}" if others else ""

@@ -152,6 +152,8 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in _trainable(model):
                 parameter.copy_(tensors[f"weight/{name}"])
+                if f"step/{name}" not in tensors:  # it never got a gradient: a tower for images, say
+                    continue
                 moments = ("step", "exp_avg", "exp_avg_sq")  # a fused AdamW keeps all three beside the parameter
                 optimiser.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in moments}
         return [Metrics(**m) for m in json.loads((folder / "metrics.json").read_text())]

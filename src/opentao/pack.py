@@ -218,15 +218,19 @@ def check_packing(model: Any, sequences: Sequences, tolerance: float = 1e-2) -> 
     """First-use self-check: packed log-probs against the model's own forward in the plain layout.
 
     Of the group's first `CHECKED` responses: more would show nothing else, and on a GPU the mask of so long a row is
-    large. Returns the largest difference in nats.
+    large. One alone stands there twice, for it would go through the model's own attention; and they are packed wherever
+    rows may be, even if for this one group it does not pay. Returns the largest difference in nats.
 
     Raises:
         ModelError: it is over `tolerance`.
     """
     differences = []
     device = next(model.parameters()).device
-    sequences = replace(sequences, responses_NR=sequences.responses_NR[:CHECKED])
-    [(_, packed)] = group_logprobs(model, [sequences], row_tokens=sequences.num_tokens)
+    responses = sequences.responses_NR[:CHECKED]
+    sequences = replace(sequences, responses_NR=responses * 2 if len(responses) == 1 else responses)
+    size = sequences.num_tokens
+    rows = planned_rows([sequences], size) if shares_prompt(model, size) else plain_rows([sequences])
+    packed = [logprobs for row in rows for logprobs in row_logprobs(model, row)]
     for response, logprobs in zip(sequences.responses_NR, packed, strict=True):
         ids = torch.tensor([*sequences.prompt_P, *response], device=device)[None]
         logits = model(input_ids=ids, use_cache=False).logits[0, len(sequences.prompt_P) - 1 : -1].float()

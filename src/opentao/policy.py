@@ -8,16 +8,18 @@ say which policy they came from.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
@@ -213,14 +215,42 @@ def recompute_activations(model: Any) -> None:
         layer.gradient_checkpointing = layer.training = True
 
 
+INSIDE_A_TEMPLATE = (TypeError, ValueError, KeyError, AttributeError)  # what its filters raise
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Token ids of the chat template up to where the answer starts."""
-    ids = tokenizer.apply_chat_template(
-        list(messages), tools=list(tools) or None, add_generation_prompt=True, return_dict=False
-    )
+    """Token ids of the chat template up to where the answer starts.
+
+    Raises:
+        TemplateError: the template does not take these messages.
+    """
+    given = [with_arguments(m) for m in messages]
+    try:
+        ids = tokenizer.apply_chat_template(
+            given, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+        )
+    except INSIDE_A_TEMPLATE as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
     return list(ids)
+
+
+def with_arguments(message: Message) -> Message:
+    """The turn with the arguments of tool calls as objects: logs hold JSON texts, and templates go through them."""
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    return message | {"tool_calls": [_called(call) for call in calls]}
+
+
+def _called(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not (isinstance(function, dict) and isinstance(function.get("arguments"), str)):
+        return call
+    with suppress(ValueError):
+        if isinstance(arguments := json.loads(function["arguments"]), dict):
+            return call | {"function": function | {"arguments": arguments}}
+    return call
 
 
 def stop_tokens(loaded: LoadedPolicy) -> frozenset[int]:

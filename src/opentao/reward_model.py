@@ -30,7 +30,7 @@ from opentao.models import load_causal_lm, load_classifier, load_tokenizer, reso
 from opentao.optimise import autocast
 from opentao.pack import hidden_states, rows_for
 from opentao.packed_linear import PackedLinear, packs, replace_linear
-from opentao.policy import default_device, native_bf16
+from opentao.policy import INSIDE_A_TEMPLATE, default_device, native_bf16, with_arguments
 from opentao.rows import Row, Sequences, common_prefix, plain_rows
 from opentao.types import Message
 
@@ -122,11 +122,11 @@ class RewardModel:
         try:
             rendered = [
                 self.tokenizer.apply_chat_template(
-                    [*messages, {"role": "assistant", "content": t}], tokenize=False, **named
+                    [*map(with_arguments, messages), {"role": "assistant", "content": t}], tokenize=False, **named
                 )
                 for t in texts
             ]
-        except TemplateError as error:
+        except (TemplateError, *INSIDE_A_TEMPLATE) as error:
             raise ModelError(f"the reward model's chat template does not take this conversation: {error}") from error
         # A template writes the beginning token where a decoder wants one; encoders want [CLS] and [SEP].
         first = self.tokenizer.bos_token or self.tokenizer.cls_token

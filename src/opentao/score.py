@@ -34,13 +34,14 @@ def score(
     """
     run, among = session.run, {group.prompt.id: group for group in company}
     scorers = [*session.scorers, *([session.audit] if with_audit and session.audit else [])]
+    audited = [session.audit_key] if with_audit else []
     scored: list[Group] = []
     told: set[str] = set()
     loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
     with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
         for source, groups in zip(group_shards, loaded, strict=True):
             name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
-            key = content_hash(run.hash(source), session.scorers_key, with_audit, *beside(company))
+            key = content_hash(run.hash(source), session.scorers_key, *audited, *beside(company))
             asked, left = scorers, groups
             if run.have(name, key):
                 groups = attach_scores(groups, run.read_table(name))

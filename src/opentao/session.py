@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from opentao.bestofn import FEWEST
 from opentao.config import Config, PromptsConfig, ScorerConfig, dump_config
 from opentao.errors import ConfigError, StoreError
+from opentao.models import hub_commit, resolve_model
 from opentao.progress import Progress
 from opentao.prompts import Reading, counted, read_prompts
 from opentao.scorers.plugin import source_file
-from opentao.scorers.registry import build_scorer
+from opentao.scorers.registry import build_scorer, module_path
 from opentao.scorers.run import Gate, is_relative, largest_group
 from opentao.split import Split, clusters, split, split_given
 from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
@@ -42,7 +43,8 @@ class Session:
     audit: Scorer | None
     train_prompts: list[Prompt]
     heldout: list[Prompt]
-    scorers_key: str  # hash of all scorers and of the files they name
+    scorers_key: str  # hash of the scorers that make the reward, and of the files they name
+    audit_key: str  # the same of the audit; "" without one
     alike: list[int] | None = None  # of each held-out prompt the cluster (`split.clusters`); None: no two are in one
     counted: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "tokens": {}})
     """What `spent` has seen of `progress`; shared by rounds."""
@@ -118,7 +120,6 @@ def open_session(
     """
     scorers = [build_scorer(s) for s in config.scorers]
     audit = build_scorer(config.audit.model_copy(update={"name": AUDIT})) if config.audit else None
-    every = [*config.scorers, *([config.audit] if config.audit else [])]
     _check_group_sizes(config, scorers, audit)
     with Run(directory) as run:
         _same_config(run, config)
@@ -140,7 +141,8 @@ def open_session(
             heldout=heldout,
             alike=alike,
             counted=counts(progress),
-            scorers_key=content_hash([_fingerprint(s) for s in every]),
+            scorers_key=content_hash([_fingerprint(s) for s in config.scorers]),
+            audit_key=content_hash(_fingerprint(config.audit)) if config.audit else "",
         )
 
 
@@ -232,15 +234,23 @@ def _read_and_split(config: PromptsConfig) -> tuple[list[Reading], Split]:
 def _fingerprint(config: ScorerConfig) -> dict[str, Any]:
     """The scorer's config; a file, a model folder or a module (``checks:polite``) that it names counts by its content.
 
-    What a module itself imports does not count.
+    So does the module of an installed scorer, and a reward model of a hub by its commit. What a module itself imports
+    does not count.
+
+    Raises:
+        ModelError: the config of a hub's reward model cannot be had.
     """
     named = {
         key: file_hash(Path(path))
-        for key, value in [("type", config.type), *sorted(config.args.items())]
+        for key, value in [("type", module_path(config)), *sorted(config.args.items())]
         if isinstance(value, str) and (path := _named_file(value))
     }
-    calibration = {"calibration": file_hash(Path(config.calibration))} if config.calibration else {}
-    return {"config": config.model_dump(mode="json"), "files": named | calibration}
+    if config.calibration:
+        named["calibration"] = file_hash(Path(config.calibration))
+    if config.type == "reward_model" and "model" not in named:
+        where = resolve_model(config.args["model"])
+        named["model"] = hub_commit(where) if isinstance(where, str) else file_hash(where)
+    return {"config": config.model_dump(mode="json"), "files": named}
 
 
 def _named_file(value: str) -> str | None:

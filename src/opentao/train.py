@@ -34,6 +34,9 @@ KNOBS = {"row_tokens", "gradient_checkpointing", "save_every_steps"}  # of memor
 MISMATCH_GROUPS = 16  # on which the distance of the sampler from the learner is measured
 
 
+Draws = tuple[Sequences, list[Tensor]]  # what was sampled after one prompt, and its log-probs [R] by the sampler
+
+
 @dataclass(kw_only=True, slots=True)
 class Example:
     """One informative group, cut down to the responses that the objective looks at."""
@@ -43,15 +46,14 @@ class Example:
     sequences: Sequences
     sampler_logprobs: list[Tensor]
     ref_logprobs: list[Tensor]
-    plain: list[bool]  # the sampler saw the plain prompt, so its log-probs are of the same question
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.sequences.responses_NR))
 
 
-def examples_of(groups: Sequence[Group], config: TrainConfig, plain: Collection[str] = ("plain",)) -> list[Example]:
-    """Informative groups as training examples, without reference log-probs; `plain` strategies change nothing."""
+def examples_of(groups: Sequence[Group], config: TrainConfig) -> list[Example]:
+    """Informative groups as training examples, without reference log-probs."""
     objective = OBJECTIVES[config.objective]
     examples = []
     for group in groups:
@@ -67,7 +69,6 @@ def examples_of(groups: Sequence[Group], config: TrainConfig, plain: Collection[
                 sequences=Sequences(prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in responses)),
                 sampler_logprobs=[torch.tensor(r.sampler_logprobs_R) for r in responses],
                 ref_logprobs=[],
-                plain=[r.strategy in plain for r in responses],
             )
         )
     return examples
@@ -91,23 +92,32 @@ def attach_reference(
             on_group(sequences[i].num_tokens)
 
 
+def plain_draws(groups: Sequence[Group], strategies: Collection[str]) -> list[Draws]:
+    """Of the first groups all responses whose strategy changes nothing: the sampler saw the prompt that is trained on.
+
+    Whatever their rewards: those that an objective chooses are no draws.
+    """
+    found: list[Draws] = []
+    for group in groups:
+        responses = [r for r in group.responses if r.strategy in strategies and r.tokens_R]
+        if responses and len(found) < MISMATCH_GROUPS:
+            sequences = Sequences(prompt_P=group.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in responses))
+            found.append((sequences, [torch.tensor(r.sampler_logprobs_R) for r in responses]))
+    return found
+
+
 @torch.no_grad()
-def sampler_mismatch(
-    model: Any, examples: Sequence[Example], row_tokens: int | None, temperature: float
-) -> list[float]:
-    """KL(sampler ‖ learner) in nats a token, estimated on each example's responses that were asked plainly.
+def sampler_mismatch(model: Any, draws: Sequence[Draws], row_tokens: int | None, temperature: float) -> list[float]:
+    """KL(sampler ‖ learner) in nats a token, estimated on each group's draws.
 
     The mean of r − 1 − log r over sampled tokens, r = π_learner/π_sampler, is unbiased and never negative.
     Source: Schulman, "Approximating KL divergence" (k3).
     """
     found = []
-    groups = group_logprobs(model, [e.sequences for e in examples], row_tokens=row_tokens, temperature=temperature)
+    groups = group_logprobs(model, [s for s, _ in draws], row_tokens=row_tokens, temperature=temperature)
     for i, learner in groups:
-        pairs = zip(learner, examples[i].sampler_logprobs, examples[i].plain, strict=True)
-        ratios = [policy.float().cpu() - sampler for policy, sampler, plain in pairs if plain]
-        if ratios:
-            log_r = torch.cat(ratios).double()
-            found.append(float((log_r.exp() - 1 - log_r).mean()))
+        log_r = torch.cat([p.float().cpu() - s for p, s in zip(learner, draws[i][1], strict=True)]).double()
+        found.append(float((log_r.exp() - 1 - log_r).mean()))
     return found
 
 
@@ -217,7 +227,8 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     session = session.of_round(round_)
     run, config = session.run, session.config
     strategies = [s.build() for s in config.generate.strategies]
-    examples = examples_of(groups, config.train, [s.name for s in strategies if s == Strategy(name=s.name)])
+    examples = examples_of(groups, config.train)
+    draws = plain_draws(groups, [s.name for s in strategies if s == Strategy(name=s.name)])
     facts: dict[str, Any] = {
         "groups": len(groups),
         "informative": len(examples),
@@ -228,7 +239,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
     name, steps = f"round-{round_}/policy", f"round-{round_}/steps.json"
     mismatch = f"round-{round_}/sampler_mismatch.json"
     settings = [config.train.model_dump(mode="json", exclude=KNOBS), config.learner_temperature, config.seed]
-    key = content_hash(policy.hash, settings, _fingerprint(examples))
+    key = content_hash(policy.hash, settings, _fingerprint(examples), [[s.prompt_P, s.responses_NR] for s, _ in draws])
     checkpoint = Checkpoint(run=run, name=f"round-{round_}/checkpoint", key=key, every=config.train.save_every_steps)
     if not examples:
         require_scores(session, groups, f"round {round_}")  # a scorer that failed is no reason to drop a policy
@@ -239,7 +250,7 @@ def train(session: Session, round_: int, policy: Policy, groups: Sequence[Group]
         run.write_json(steps, key, [])
         return policy, facts
     if not all(run.have(written, key) for written in (name, steps, mismatch)):
-        _train_round(session, round_, policy, examples, checkpoint)
+        _train_round(session, round_, policy, examples, draws, checkpoint)
     session.spent(f"round-{round_}")
     checkpoint.discard()
     history = run.read_json(steps)
@@ -260,7 +271,12 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _train_round(
-    session: Session, round_: int, policy: Policy, examples: list[Example], checkpoint: Checkpoint
+    session: Session,
+    round_: int,
+    policy: Policy,
+    examples: list[Example],
+    draws: list[Draws],
+    checkpoint: Checkpoint,
 ) -> None:
     """All steps of a round, from the newest checkpoint. Writes the metrics of every step, then the policy."""
     config, run = session.config.train, session.run
@@ -268,7 +284,7 @@ def _train_round(
         session.engine.release()
     loaded = load_for_training(policy, config, session.config.seed)
     check_packing(loaded.model, max((e.sequences for e in examples), key=lambda s: s.num_tokens))
-    _mismatch(session, round_, loaded, examples, checkpoint.key)
+    _mismatch(session, round_, loaded, draws, checkpoint.key)
     _reference(session, round_, loaded, examples)
     total = num_steps(len(examples), config.epochs, config.prompts_per_step)
     with session.progress.stage("train", total=total, unit="steps", label=f"round {round_}: train") as step:
@@ -292,12 +308,11 @@ def _train_round(
     free_memory()  # sampling is next
 
 
-def _mismatch(session: Session, round_: int, loaded: LoadedPolicy, examples: list[Example], key: str) -> None:
+def _mismatch(session: Session, round_: int, loaded: LoadedPolicy, draws: list[Draws], key: str) -> None:
     """Measured before the first step, when the learner still is the policy that was sampled from."""
-    some = [e for e in examples if any(e.plain)][:MISMATCH_GROUPS]
     with autocast(loaded.model):
         temperature = session.config.generate.temperature
-        values = sampler_mismatch(loaded.model, some, session.config.train.row_tokens, temperature)
+        values = sampler_mismatch(loaded.model, draws, session.config.train.row_tokens, temperature)
     finite = [value if math.isfinite(value) else None for value in values]  # what is not will stop the training
     session.run.write_json(f"round-{round_}/sampler_mismatch.json", key, finite)
 

@@ -44,7 +44,9 @@ def write_summary(
         "best_round": best,
         "policy": str(chosen.path.relative_to(session.run.root)) if chosen.path else None,
         "policy_hash": chosen.hash,
-        "seconds": sum(sum(r["seconds"].values()) for r in rounds),
+        "seconds": sum(
+            sum(session.spent(f"round-{k}")["seconds"].values()) for k in range(session.config.rounds + 1)
+        ),  # of a round that was not judged, too
         "set_aside": {"rows": len(lines), "reasons": dict(reasons)},
         "scorers": [s.label for s in session.config.scorers],
         "audit": session.config.audit.label if session.config.audit else None,

@@ -80,4 +80,4 @@ def make_responses(case: Case, vocabulary: int) -> None:
         case.responses.append(
             [[rng.randrange(low, high) for _ in range(case.new_tokens)] for _ in range(case.group_size)]
         )
-        case.rewards.append([float(r) for r in rng.sample(range(100), case.group_size)])
+        case.rewards.append([float(r) for r in rng.sample(range(max(100, case.group_size)), case.group_size)])

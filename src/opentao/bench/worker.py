@@ -175,7 +175,6 @@ def _examples(case: dict[str, Any], rows: slice) -> list[Any]:
                 sequences=Sequences(prompt_P=tuple(prompt), responses_NR=tuple(tuple(r) for r in responses)),
                 sampler_logprobs=[torch.full((len(r),), -8.0) for r in responses],
                 ref_logprobs=[],
-                plain=[True] * len(responses),
             )
         )
     return examples

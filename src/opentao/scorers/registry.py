@@ -70,6 +70,11 @@ def build_scorer(config: ScorerConfig) -> Scorer:
     return checked if config.calibration is None else calibrated(checked, Path(config.calibration))
 
 
+def module_path(config: ScorerConfig) -> str:
+    """``module:object`` of a scorer that is installed or one's own; a built-in's type as it is."""
+    return config.type if config.type in BUILT_IN else _entry_point(config) or config.type
+
+
 def _error(config: ScorerConfig, message: str) -> ConfigError:
     named = "" if config.label == config.type else f" (type {config.type})"
     return ConfigError(f"{config.place}scorer {config.label}{named}: {message}")

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,15 +208,15 @@ class Choices:
             )
         return task
 
-    def open_task(self, annotator: str) -> Task | None:
-        """The newest task that this person has not answered, or has taken back."""
+    def open_task(self, annotator: str, fits: Callable[[Task], bool] = lambda task: True) -> Task | None:
+        """The newest task that fits and that this person has not answered, or has taken back."""
         rows = self._rows(
             f"SELECT {_TASK} FROM tasks t WHERE annotator = ? AND NOT EXISTS"
             " (SELECT 1 FROM choices c WHERE c.task = t.id AND c.undone IS NULL)"
-            " ORDER BY issued DESC, rowid DESC LIMIT 1",
+            " ORDER BY issued DESC, rowid DESC",
             annotator,
         )
-        return _task(*rows[0]) if rows else None
+        return next((task for task in (_task(*row) for row in rows) if fits(task)), None)
 
     def open_tasks(self, since: float) -> list[Task]:
         """Everybody's tasks that were shown after `since` (seconds since 1970) and have no answer."""
@@ -252,21 +252,24 @@ class Choices:
             )
         return True
 
-    def undo(self, annotator: str) -> bool:
-        """Take back the newest standing choice that this person made here; its task is open again. False: none."""
+    def undo(self, annotator: str, fits: Callable[[Task], bool] = lambda task: True) -> bool:
+        """Take back the newest standing choice that fits and that this person made here. False: there is none.
+
+        Its task is open again.
+        """
         with self._writing() as db:
-            row = db.execute(
-                "SELECT c.id FROM choices c JOIN tasks t ON t.id = c.task WHERE t.annotator = ? AND c.undone IS NULL"
-                " AND t.policy != 'import' ORDER BY c.id DESC LIMIT 1",
+            rows = db.execute(
+                f"SELECT {_TASK}, c.id FROM choices c JOIN tasks t ON t.id = c.task WHERE t.annotator = ?"
+                " AND c.undone IS NULL AND t.policy != 'import' ORDER BY c.id DESC",
                 (annotator,),
-            ).fetchone()
-            if row is None:
-                return False
-            db.execute("UPDATE choices SET undone = ? WHERE id = ?", (time.time(), row[0]))
-            # What was shown meanwhile and not answered stays for later; the task taken back comes first.
-            db.execute(
-                "UPDATE tasks SET issued = ? WHERE id = (SELECT task FROM choices WHERE id = ?)", (time.time(), row[0])
             )
+            last = next(((task, row[-1]) for row in rows if fits(task := _task(*row[:-1]))), None)
+            if last is None:
+                return False
+            task, choice = last
+            db.execute("UPDATE choices SET undone = ? WHERE id = ?", (time.time(), choice))
+            # What was shown meanwhile and not answered stays for later; the task taken back comes first.
+            db.execute("UPDATE tasks SET issued = ? WHERE id = ?", (time.time(), task.id))
         return True
 
     def choices(self, annotator: str | None = None) -> list[Choice]:

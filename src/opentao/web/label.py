@@ -107,7 +107,7 @@ class Pages:
         annotator = self.choices.annotator_of(opentao_label or "")
         if annotator is None:
             return self._denied()
-        self.choices.undo(annotator)
+        self.choices.undo(annotator, self.plan.fits)
         return RedirectResponse("/", status_code=303)
 
     def _denied(self) -> Response:
@@ -141,7 +141,7 @@ def parse_answer(task: Task, text: str) -> dict[str, Any]:
 
 def _facts(choices: Choices, plan: Plan, annotator: str, task: Task | None) -> dict[str, Any]:
     """What the template needs."""
-    own = choices.choices(annotator)
+    own = [c for c in choices.choices(annotator) if plan.fits(c.task)]
     judged = [c for c in own if c.task.policy not in ("repeat", "import")]
     every = [u for item in choices.items() if plan.asks_of(item) for u in units(item, plan)]
     mine = {(c.task.item, *sorted(c.task.shown)) for c in own}

@@ -43,6 +43,10 @@ class Plan:
     def asks_of(self, item: Item) -> bool:
         return self.items is None or item.id in self.items
 
+    def fits(self, task: Task) -> bool:
+        """Is it of this kind, and of what is to be judged? One file may hold choices of several sources."""
+        return task.kind == self.kind and (self.items is None or task.item in self.items)
+
 
 def pair_information(heads_NK: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """Information [N, N] in nats of each choice between two of N answers, from the scores of K heads."""
@@ -66,9 +70,9 @@ def next_task(choices: Choices, annotator: str, plan: Plan) -> Task | None:
 
 
 def _next_task(choices: Choices, annotator: str, plan: Plan) -> Task | None:
-    if (task := choices.open_task(annotator)) is not None:
+    if (task := choices.open_task(annotator, plan.fits)) is not None:
         return task
-    done = [c for c in choices.choices(annotator) if c.task.policy != "import"]
+    done = [c for c in choices.choices(annotator) if c.task.policy != "import" and plan.fits(c.task)]
     rng = random.Random(content_hash(plan.seed, annotator, len(done)))
     if rng.random() < plan.repeats and (again := _to_repeat(done, rng)) is not None:
         shown = list(again.shown)

@@ -153,7 +153,7 @@ class Judge:
         random.Random(content_hash(self.seed, prompt.id, "pairs")).shuffle(order)
         steps = range(1, min(self.opponents // 2, count // 2) + 1)  # each is two opponents
         met = [(k, k + step) for step in steps for k in range(count)]
-        met += [(k, k + count // 2) for k in range(count // 2) if self.opponents % 2]  # and one that lies opposite
+        met += [(k, k + count // 2) for k in range((count + 1) // 2) if self.opponents % 2]  # and one opposite
         ring = {tuple(sorted((order[a], order[b % count]))) for a, b in met}
         return sorted((i, j) for i, j in ring if i != j)
 
