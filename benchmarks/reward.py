@@ -186,10 +186,15 @@ def judge(model: RewardModel, dev: list[Ranking], test: list[Ranking]) -> dict[s
     scores = [[statistics.fmean(own) for own in group] for group in heads]
     facts = agreement_with_people(test, scores)
     facts |= {"subsets": by_subset(test, scores), "calibration": calibration(test, scores)}
-    facts |= {"length": length_bias(test, scores), "hits": "".join(str(int(a > b)) for a, b in scores), "scale": scale}
+    facts |= {"length": length_bias(test, scores), "hits": [_hit(a, b) for a, b in scores], "scale": scale}
     if model.num_heads > 1:
         facts["agreeing"] = agreeing_heads(heads)
     return facts
+
+
+def _hit(better: float, worse: float) -> float:
+    """As accuracy counts: a tie is half right."""
+    return 0.5 if better == worse else float(better > worse)
 
 
 def agreeing_heads(heads: list[list[list[float]]]) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def people(folder: Path, work: Path) -> None:
     known = {key: dict(zip(r.texts, own, strict=True)) for (key, r), own in zip(items.items(), found, strict=True)}
     scores = [[known[r.prompt.id, frozenset(r.texts)][text] for text in r.texts] for r in decided]
     facts = annotators(decided, scores)
-    keep("people", facts | {"all": agreement_with_people(decided, scores), "accuracy": facts["model_majority"]})
+    keep("people", facts | {"accuracy": facts["model_majority"]})
 
 
 def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
@@ -246,7 +251,7 @@ def peer(folder: Path, work: Path, pairs: int, environment: Path) -> None:
             "pairs_per_second": {name: pairs / s for name, s in medians.items()},
             "times_faster": medians["trl"] / medians["opentao"],
             "accuracy": {"opentao": ours["accuracy"], "trl": theirs["accuracy"]},
-            "difference": paired_difference(*([float(hit) for hit in own["hits"]] for own in (ours, theirs))).as_dict(),
+            "difference": paired_difference(ours["hits"], theirs["hits"]).as_dict(),
         },
     )
 

@@ -256,17 +256,19 @@ def reward_sections(found: dict[str, Any]) -> list[str]:
         parts += _heads_compared(curve)
     if peer := found.get("peer"):
         speed = ", ".join(f"{name} {value:.2f}" for name, value in peer["pairs_per_second"].items())
+        paired = f", paired difference {_mean(peer['difference'])}" if "difference" in peer else ""
         parts.append(
             f"Against TRL's RewardTrainer, the same {peer['pairs']} pairs, steps, adapter and start: pairs a second"
             f" {speed}, **{peer['times_faster']:.2f}×**; held-out accuracy {_mean(peer['accuracy']['opentao'])} against"
-            f" {_mean(peer['accuracy']['trl'])}, paired difference {_mean(peer['difference'])}.\n"
+            f" {_mean(peer['accuracy']['trl'])}{paired}.\n"
         )
     if people := found.get("people"):
         names = ", ".join(f"{name} {_mean(own)}" for name, own in people["model_human"].items())
         parts.append(
             f"pandalm-human, {people['pairs']} pairs that several people judged: people with each other"
             f" {_mean(people['human_human'])}; the model with their majority {_mean(people['model_majority'])}, with"
-            f" each: {names}; “the longer answer wins” {_mean(people['all']['longer_wins'])}.\n"
+            f" each: {names}; the longer answer with their majority {_mean(people['longer_majority'])}."
+            f"{' Note: ' + people['note'] + '.' if 'note' in people else ''}\n"
         )
     return parts
 
@@ -277,12 +279,10 @@ def _heads_compared(curve: dict[str, Any]) -> list[str]:
     for name, facts in curve.items():
         guided = curve.get(name.replace("-random-", "-guided-"))
         if guided is not None and guided is not facts:
-            hits = [[float(hit) for hit in own["test"]["hits"]] for own in (guided, facts)]
             way = paired_difference(guided["losses"], facts["losses"]).as_dict()
-            lines.append(
-                f"* {name.rpartition('-')[2]} pairs: accuracy {_mean(paired_difference(*hits).as_dict())}, nats a pair"
-                f" on the way {_mean(way)}"
-            )
+            hits = [own["test"].get("hits") for own in (guided, facts)]
+            test = f"accuracy {_mean(paired_difference(*hits).as_dict())}, " if all(hits) else ""
+            lines.append(f"* {name.rpartition('-')[2]} pairs: {test}nats a pair on the way {_mean(way)}")
         if agreeing := facts["test"].get("agreeing"):
             some, all_ = agreeing["some_differ"], agreeing["all_agree"]
             lines.append(

@@ -15,8 +15,10 @@ import re
 import sys
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,11 @@ def find(name: str, folder: Path, *, raw: str = RAW, archive: str = ARCHIVE) -> 
         path = folder / source.file
         if not path.exists():
             _fetch(source.url(raw, archive), path, pack=path.suffix == ".gz" and not source.used)
-        if (is_ := source.hash_of(path)) != source.sha256:
+        try:
+            is_ = source.hash_of(path)
+        except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
+            raise SourceError(f"{path}: is broken off or no archive ({error}); delete it to fetch it again") from error
+        if is_ != source.sha256:
             raise SourceError(f"{path}: sha256 {is_}, expected {source.sha256}; delete it to fetch it again")
         found.append(path)
     return found
@@ -150,7 +156,7 @@ def _fetch(url: str, path: Path, *, pack: bool) -> None:
         with urllib.request.urlopen(url, timeout=SECONDS) as answer, opener(part, "wb") as file:
             while block := answer.read(1 << 20):
                 file.write(block)
-    except OSError as error:
+    except (OSError, HTTPException) as error:  # the second: the connection was lost half-way
         part.unlink(missing_ok=True)
         raise SourceError(f"{url}: {error}; put the file at {path} yourself, or name a folder that has it") from error
     part.rename(path)

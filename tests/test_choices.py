@@ -228,6 +228,19 @@ def test_a_share_of_tasks_is_repeated_later_and_once(tmp_path: Path) -> None:
     assert with_oneself(choices.choices()) == {"ann": {"agreement": 1.0, "units": len(again)}}
 
 
+def test_a_ranking_agrees_with_itself_pair_by_pair(choices: Choices) -> None:
+    """As it agrees with another person's: two of three pairs are alike after one swap."""
+    item = choices.items()[0]
+    judge(choices, "ann", item, (0, 1, 2), {"order": [0, 1, 2]})
+    judge(choices, "bo", item, (0, 1, 2), {"order": [1, 0, 2]})
+    [first] = choices.choices("ann")
+    again = choices.add_task("ann", item.id, "rank", [2, 1, 0], "repeat", repeat_of=first.task.id)
+    choices.choose(again, {"order": [1, 0, 2]})
+    found = choices.choices()
+    assert with_oneself(found) == {"ann": {"agreement": pytest.approx(2 / 3), "units": 3}}
+    assert between(found)["ann"] == with_oneself(found)["ann"]
+
+
 def test_what_teaches_most_comes_first(choices: Choices) -> None:
     """One informative pair a prompt, the most informative first; then the others."""
     all_items = choices.items()

@@ -39,11 +39,14 @@ def test_cut_at_the_limit_there_is_no_stop_token() -> None:
     assert (cut.text, cut.finish, cut.tokens_R) == ("abcd", "length", tuple(b"abcd"))
 
 
-@pytest.mark.parametrize(("stop", "text"), [(("d",), "abcd"), (("cd", "b"), "ab"), (("z",), "abcdef")])
-def test_stop_strings_end_a_response_and_are_kept(stop: tuple[str, ...], text: str) -> None:
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"), [(("d",), "abc", b"abcd"), (("cd", "b"), "a", b"ab"), (("z",), "abcdef", b"abcdef")]
+)
+def test_stop_strings_end_a_response(stop: tuple[str, ...], text: str, tokens: bytes) -> None:
+    """The token that completes one is kept, the text ends before it."""
     [response] = responses(FakeEngine(["abcdef"]), SamplingPlan(group_size=1, stop=stop), PROMPTS[:1])
     assert (response.text, response.finish) == (text, "stop")
-    assert (response.tokens_R[-1] == STOP) == (stop == ("z",))
+    assert response.tokens_R == (*tokens, *([STOP] if stop == ("z",) else []))
 
 
 def test_load_names_the_policy() -> None:

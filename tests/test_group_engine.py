@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -312,10 +313,32 @@ def test_stop_strings(engine: GroupEngine) -> None:
         for long, short in zip(before.responses, after.responses, strict=True):
             assert short.tokens_R == long.tokens_R[: len(short.tokens_R)]  # the same stream, cut
             assert not any(s in decode(short.tokens_R[:-1], skip_special_tokens=True) for s in ("e", "4"))
-            hit = any(s in short.text for s in ("e", "4"))  # the token that completes it is kept
+            whole = decode(short.tokens_R, skip_special_tokens=True)
+            hit = any(s in whole for s in ("e", "4"))  # the token that completes it is kept, its text is not
+            assert short.text == re.split("[e4]", whole)[0]
             assert short.finish == ("stop" if hit or short.tokens_R[-1] == 2 else "length")
             ends += hit
     assert ends > 10
+
+
+def test_a_stop_string_that_is_a_special_token(engine: GroupEngine) -> None:
+    """No text ever holds it: some base models end their turns with such a token, which is not their end token."""
+    tokenizer = loaded_of(engine).tokenizer
+    [special] = [t for t, i in tokenizer.get_added_vocab().items() if i == 1]
+    plan = SamplingPlan(group_size=64, max_new_tokens=40, temperature=3.0)
+    assert any(1 in tokens for group in tokens_of(sampled(engine, plan)) for tokens in group)
+    for group in sampled(engine, replace(plan, stop=(special,))):
+        for response in group.responses:
+            assert 1 not in response.tokens_R[:-1]
+            assert response.tokens_R[-1] != 1 or response.finish == "stop"
+
+
+def test_other_logits_than_the_models_are_refused(engine: GroupEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opentao.pack.head_logits", lambda model, hidden: 0.5 * model.get_output_embeddings()(hidden))
+    policy = loaded_of(engine).policy
+    engine.release()
+    with pytest.raises(ModelError, match="would sample from other logits than the model's"):
+        engine.load(policy)
 
 
 # ---------------------------------------------------------------------------------------------------- seeds

@@ -339,6 +339,18 @@ def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.
     assert server.headers[-1]["authorization"] == "Bearer secret-key"
 
 
+@pytest.mark.parametrize(("key", "error"), [("secret-key\r\n", ""), ("secret\nkey", "request")])
+def test_a_key_from_a_file_is_never_stored(
+    server: Server, monkeypatch: pytest.MonkeyPatch, key: str, error: str
+) -> None:
+    """Its last newline is none of it; HTTP's complaint of one inside would quote the key."""
+    server.usual = says({"score": 4})
+    monkeypatch.setenv("MY_KEY", key)
+    (found,) = run_scorer(judge(server, mode="pointwise", api_key_env="MY_KEY"), group_of("a"))
+    assert kind(found) == error
+    assert "secret" not in (found.error or "")
+
+
 # --- answers that talk to the judge
 
 INJECTION = [

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from opentao import long_prompt, pack, packed_attention, rows
 from opentao.errors import ModelError
-from opentao.pack import check_packing, group_logprobs, row_logprobs, rows_for, shares_prompt
+from opentao.pack import check_head, check_packing, group_logprobs, row_logprobs, rows_for, shares_prompt
 from opentao.packed_attention import FLEX_ATTENTION
 from opentao.rows import (
     MIN_PREFIX,
@@ -271,6 +271,13 @@ def test_packing_is_exact_for(family: str) -> None:
             for i, expected in enumerate(plain_logprobs(model, sequences)):
                 # deepseek turns its keys in float32, whatever the model's precision
                 torch.testing.assert_close(packed[g, i], expected, atol=1e-6 if "deepseek" in family else 1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("family", [*PACKED, "gemma2", "falcon_h1", "hyperclovax", "recurrent_gemma"])
+def test_logits_are_the_models_own(family: str) -> None:
+    """Whatever a family does after its head."""
+    own = {"falcon_h1": {"lm_head_multiplier": 0.04}, "hyperclovax": {"logits_scaling": 8.0}}
+    check_head(random_model(family, torch.float32, **own.get(family, {})))
 
 
 @pytest.mark.parametrize("family", PACKED)

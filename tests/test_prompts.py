@@ -201,11 +201,19 @@ def test_parquet(tmp_path: Path) -> None:
     assert reading.prompts == [
         Prompt(
             messages=(CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{"id": "7"}]}, answer),
-            meta={"day": "2024-05-01", "raw": "b'ab'", "x": None},
+            meta={"day": "2024-05-01", "raw": "ab", "x": None},
         ),
         Prompt(messages=tuple(CHAT), tools=(TOOL,)),
     ]
     assert reading.understood.startswith("2 rows of Parquet, prompts from key `messages`; other keys kept in meta: day")
+
+
+def test_parquet_of_bytes(tmp_path: Path) -> None:
+    """Some writers mark no column as text."""
+    prompts = pa.array(["Où est-il ?".encode()], pa.binary())
+    pq.write_table(pa.table({"prompt": prompts, "hash": pa.array([b"\xff\x00"], pa.binary())}), tmp_path / "p.parquet")
+    [prompt] = read_prompts(tmp_path / "p.parquet").prompts
+    assert (prompt.text, prompt.meta) == ("Où est-il ?", {"hash": "ff00"})
 
 
 def test_parquet_of_texts_with_a_duplicate(tmp_path: Path) -> None:

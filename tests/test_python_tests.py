@@ -39,6 +39,11 @@ def test_answers_with_dataclasses_and_annotations() -> None:
     assert values({"kind": "code"}, plain, later, kinds, tests="assert add(1, 2) == 3") == [1.0, 1.0, 1.0]
 
 
+def test_the_last_digit_is_no_mistake() -> None:
+    calls = [{"function": "mean", "args": [[0.1, 0.2, 0.3]], "expect": 0.2}]
+    assert values({}, "def mean(x): return sum(x) / len(x)", "def mean(x): return 0.21", tests=calls) == [1.0, 0.0]
+
+
 def test_results_are_compared_as_json_values() -> None:
     calls = [{"function": "f", "expect": [1, 2.0, {"a": None}]}]
     right, wrong = "def f(): return (1.0, 2, {'a': None})", "def f(): return [True, 2, {'a': None}]"

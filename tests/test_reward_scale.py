@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from opentao.cli import app
 from opentao.config import ScorerConfig
-from opentao.errors import ConfigError
+from opentao.errors import ConfigError, DataError
 from opentao.preferences import Ranking, write_preferences
 from opentao.progress import Progress
 from opentao.reward_scale import calibrate_scorer, comparisons, log_loss
@@ -55,7 +56,17 @@ def test_what_is_unscored_is_counted_and_left_out() -> None:
     scorer = build_scorer(ScorerConfig(type="python", args={"function": "toy_scorers:letters_or_nothing"}))
     rankings = [Ranking(prompt=Prompt.from_text("unscorable"), texts=("a", "1"), ranks=(1.0, 2.0))] * 3
     facts = calibrate_scorer(scorer, rankings, Progress(quiet=True))
-    assert facts == {"scale": None, "pairs": 0, "unscored": {"no_score": 6}}
+    assert facts == {"scale": None, "pairs": 0, "other_instructions": 0, "unscored": {"no_score": 6}}
+
+
+def test_choices_by_other_instructions_do_not_count() -> None:
+    """Short answers are good by one and bad by the other: together they would say that nothing is."""
+    by_length = choices(400, 0.5)
+    turned = [replace(r, ranks=r.ranks[::-1], instruction="Prefer short answers.") for r in by_length]
+    alone, mixed = (calibrate_scorer(words(), rows, Progress(quiet=True)) for rows in (by_length, by_length + turned))
+    assert mixed == alone | {"other_instructions": 400}
+    with pytest.raises(DataError, match="no rows have none, as the scorer has"):
+        calibrate_scorer(words(), [*turned, replace(turned[0], instruction="Prefer long ones.")], Progress(quiet=True))
 
 
 def test_comparisons_by_hand() -> None:

@@ -125,6 +125,13 @@ def test_numbers_are_compared_by_value(args: dict[str, Any]) -> None:
     assert values(gold, *thirds, query="SELECT avg(age) FROM singer") == [1.0, 1.0]
 
 
+def test_a_constant_is_no_gold_answer(args: dict[str, Any]) -> None:
+    """A small number can be guessed: the query must ask the database, as the gold query does."""
+    gold = args | {"levels": {"gold": 1.0}, "gold": "query"}
+    count = "SELECT count(*) FROM singer"
+    assert values(gold, count, "SELECT count(id) FROM singer", "SELECT 3", query=count) == [1.0, 1.0, 0.0]
+
+
 def test_what_cannot_be_judged_is_unscored(args: dict[str, Any], tmp_path: Path) -> None:
     def kinds(more: dict[str, Any], *texts: str, **meta: Any) -> list[str]:
         found = scores("sql", args | more, group_of(*texts, **meta))

@@ -18,7 +18,7 @@ from opentao.scorers.registry import build_scorer
 from opentao.scorers.run import run_scorer
 from opentao.scorers.verifiers import text
 from opentao.scorers.verifiers.length import Length
-from opentao.scorers.verifiers.strict_json import MAX_DEPTH, json_equal, parse_json
+from opentao.scorers.verifiers.strict_json import MAX_DEPTH, json_close, json_equal, parse_json
 from opentao.types import Group, Prompt, Response, Score
 
 TICKET = {
@@ -133,6 +133,16 @@ def test_whatever_json_writes_is_read_back(tree: Any) -> None:
 def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
     with contextlib.suppress(ValueError):
         parse_json(text, fences=True)
+
+
+def test_numbers_with_a_fraction_are_equal_but_for_their_last_digits() -> None:
+    assert json_close({"a": [0.1 + 0.2, 1]}, {"a": [0.3, 1.0]})
+    assert json_close(1e300, 1e300 * (1 + 1e-12)) and json_close(0.0, 1e-12)
+    for other in (0.3001, "0.3", True, [0.3], {"a": 0.3}, None):
+        assert not json_close(0.3, other)
+    assert not json_close(10**20, 10**20 + 1)
+    assert not json_close([1.0], [1.0, 2.0])
+    assert not json_close(1.0, True)
 
 
 def test_json_equality_knows_booleans_from_numbers() -> None:
@@ -329,6 +339,18 @@ def test_json_field_with_schema_and_fences() -> None:
 def test_json_field_compares_json_values() -> None:
     for label, answer, expected in [(1, "1.0", 1.0), (1, "true", 0.0), (1, '"1"', 0.0), (False, "false", 1.0)]:
         assert value("json_field", FIELD, f'{{"queue": {answer}}}', label=label) == expected
+
+
+def test_json_field_with_labels_from_a_table_of_texts() -> None:
+    """All cells of CSV are text; an answer with the number is right, and so is one with the text."""
+    cases = {
+        "12.5": {"12.5": 1.0, '"12.5"': 1.0, "12.50": 1.0, "12": 0.0, '"12.50"': 0.0},
+        "True": {"true": 1.0, "false": 0.0, "1": 0.0},
+    }
+    for label, answers in cases.items():
+        for answer, expected in answers.items():
+            assert value("json_field", FIELD, f'{{"queue": {answer}}}', label=label) == expected
+    assert value("json_field", FIELD, '{"queue": 7}', label="seven") == 0.0
 
 
 def test_json_field_without_a_label_is_unscored_even_for_invalid_json() -> None:
@@ -552,6 +574,11 @@ def test_majority_takes_the_last_match_and_all_winners_of_a_tie() -> None:
 def test_majority_of_a_json_field() -> None:
     texts = ('{"queue": "Billing"}', '```json\n{"queue": "billing "}\n```', '{"queue": ["billing"]}', "billing")
     assert [s.value for s in scores("majority", {"field": "queue"}, group_of(*texts))] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_majority_of_numbers() -> None:
+    texts = ['{"queue": 12}', '{"queue": 12.0}', '{"queue": 13}']
+    assert [s.value for s in scores("majority", {"field": "queue"}, group_of(*texts))] == [1.0, 1.0, 0.0]
 
 
 def test_majority_where_nobody_agrees() -> None:

@@ -1,25 +1,21 @@
-"""What is in two recipes' held-out answers that their rules take for what it is not; of runs that are there.
+"""What instruction_following would score if an answer that mostly repeats its prompt followed nothing.
 
-    python echo.py RUN…     directories of instruction_following or document_qa, as run_all.py leaves them
-
-instruction_following: the score if an answer that mostly repeats its prompt follows nothing. document_qa: quotations
-and few words by the passage alone; the recipe's rules count what stands before it, the first one the question, too.
+python echo.py RUN…     directories of instruction_following, as run_all.py leaves them
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from lab import EXAMPLES, summary_of
 
 from opentao.store import Run, table_to_groups
-from opentao.types import Group, Prompt
+from opentao.types import Group
 
-sys.path[:0] = [str(EXAMPLES / "instruction_following"), str(EXAMPLES / "document_qa")]
+sys.path.insert(0, str(EXAMPLES / "instruction_following"))
 REPEATED = 0.5  # share of an answer's runs of four words that stand in the prompt
 
 
@@ -61,39 +57,9 @@ def instructions(found: list[Group]) -> Iterator[tuple[str, float, float, float]
         )
 
 
-def questions(found: list[Group]) -> Iterator[tuple[str, float, float, float]]:
-    """(rule, score, score by the passage alone, share of answers that differ)."""
-    from answers import grounded
-
-    from opentao.config import ScorerConfig
-    from opentao.scorers.registry import build_scorer
-    from opentao.scorers.run import run_scorer
-
-    whole, alone = (
-        build_scorer(ScorerConfig(type="citation", args={"min_words": 4} | key)) for key in ({}, {"key": "passage"})
-    )
-    pairs: dict[str, list[tuple[float, float]]] = {"citation": [], "grounded": []}
-    for group in found:
-        before, after = parts(group.prompt)
-        sides = (whole, group), (alone, replace(group, prompt=before))
-        pairs["citation"] += zip(*([s.value for s in run_scorer(scorer, g)] for scorer, g in sides), strict=True)
-        prompts = (group.prompt, after)
-        pairs["grounded"] += zip(*([grounded(p, r.text) for r in group.responses] for p in prompts), strict=True)
-    for rule, own in pairs.items():
-        yield rule, fmean(a for a, _ in own), fmean(b for _, b in own), fmean(a != b for a, b in own)
-
-
-def parts(prompt: Prompt) -> tuple[Prompt, Prompt]:
-    """The prompt with its passage as a label, and without what stands before the passage."""
-    text = str(prompt.messages[-1]["content"]).partition("Passage:")[2]
-    labelled = Prompt(messages=prompt.messages, meta=prompt.meta | {"passage": text.rpartition("Question:")[0]})
-    return labelled, Prompt(messages=({"role": "user", "content": text},), meta=prompt.meta)
-
-
 if __name__ == "__main__":
     for run in map(Path, sys.argv[1:]):
         for round_ in sorted({0, summary_of(run)["best_round"]}):
             found = groups(run, round_)
-            rows = instructions(found) if any("constraints" in g.prompt.meta for g in found) else questions(found)
-            for what, score, other, share_ in rows:
+            for what, score, other, share_ in instructions(found):
                 print(f"{run} round {round_}: {what} {score:.3f}, so {other:.3f} ({share_:.1%} of the answers)")

@@ -91,9 +91,7 @@ class Lab:
             python(EXAMPLES / recipe / "prepare.py", "--out", str(out), *data, cwd=EXAMPLES)
 
         own = EXAMPLES / recipe
-        code = [
-            meaning(p) for p in (EXAMPLES / "sources.py", *sorted(own.glob("*.py"))) if "financebench" not in p.name
-        ]
+        code = [meaning(p) for p in sorted(own.glob("*.py")) if "financebench" not in p.name]  # sources: by sha256
         out = made(self.work / recipe / "files", code, prepare)
         for config in own.glob("*.yaml"):  # prompts and reward models do not depend on them
             shutil.copy(config, out)

@@ -18,7 +18,7 @@ import sizes
 import small
 import torch
 import yaml
-from lab import HERE, SEEDS, Facts, Lab, changes, made, made_of, python, tao
+from lab import HERE, SEEDS, Facts, Lab, changes, made, made_of, meaning, python, tao
 
 from opentao.models import resolve_model
 from opentao.prompts import read_prompts
@@ -73,8 +73,8 @@ def matches(lab: Lab) -> tuple[Match, ...]:
             folder=lab.folder("text_to_sql"),
             settings={"scorers": queries, "prompts_per_round": 64, "later_rounds": own},
             rounds=2,
-            times=4.0,
-            theirs=grpo,
+            times=6.0,
+            theirs=grpo | {"learning_rate": 3e-5},
         ),
     )
 
@@ -84,7 +84,7 @@ def measure(lab: Lab, match: Match) -> None:
         print(f"peer: no {TRL}, see benchmarks/README.md", flush=True)
         return
     for seed in SEEDS:
-        of = [made_of(match.folder), match.settings, match.rounds]
+        of = [made_of(match.folder), meaning(match.folder / "tao.yaml"), match.settings, match.rounds]
         ours = lab.cell("peer", f"{match.name}/opentao/{seed}", lambda s=seed: _ours(lab, match, s), of)
         of = [of, match.theirs, match.times, POLICIES]
         lab.cell("peer", f"{match.name}/trl/{seed}", lambda s=seed, o=ours: _trl(lab, match, s, o), of)
@@ -98,6 +98,11 @@ def reached(points: list[Facts], level: float) -> float | None:
     """
     point = as_good(points, level)
     return float(point["seconds"]) if point else None
+
+
+def took(ours: Facts) -> float:
+    """Seconds until ours was as good as the base's best of 8; all that it took, if it never was."""
+    return reached(ours["points"], ours["best_of"]["8"]["mean"]) or float(ours["points"][-1]["seconds"])
 
 
 def as_good(points: list[Facts], level: float) -> Facts | None:
@@ -118,11 +123,10 @@ def _ours(lab: Lab, match: Match, seed: int) -> Facts:
 
 
 def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
-    ours_took = reached(ours["points"], ours["best_of"]["8"]["mean"]) or ours["points"][-1]["seconds"]
     out = made(
         lab.work / "peer" / match.name / f"trl-{seed}",
-        [match.settings, match.theirs, match.times, ours_took, POLICIES],
-        lambda out: _train(lab, match, seed, out, match.times * ours_took),
+        [match.settings, match.theirs, match.times, took(ours), POLICIES],
+        lambda out: _train(lab, match, seed, out, match.times * took(ours)),
     )
     points = ours["points"][:1]
     for line in (out / "policies.jsonl").read_text().splitlines():
@@ -165,6 +169,7 @@ def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None
         "save_at": [seconds * (i + 1) / POLICIES for i in range(POLICIES)],
         "new_tokens": config["generate"]["max_new_tokens"],
         "temperature": config["generate"]["temperature"],
+        "stop": config["generate"]["stop"],
     } | match.theirs
     (out / "case.json").write_text(json.dumps(case))
     (out / "policies.jsonl").unlink(missing_ok=True)

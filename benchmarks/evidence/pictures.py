@@ -27,7 +27,7 @@ def draw_all(lab: Lab) -> None:
     """Draws what there are figures for."""
     pictures: dict[str, tuple[str, Callable[[Any, Cells], None]]] = {
         "recipes": ("Audit of the first try before and after, by recipe", recipes),
-        "labels": ("Labels against none", labels),
+        "labels": ("Labels, or a judge of answers to prompts without them", labels),
         "compute": ("First try against group size and rounds", compute),
         "sizes": ("First try before and after by model size", sizes),
         "peer": ("From the base's first try (0) to its best of 8 (1), seed by seed", peer),
@@ -72,7 +72,8 @@ def labels(axes: Any, cells: Cells) -> None:
         axes.axhline(tao.mean, color=AFTER, label=label)
         axes.axhline(base.mean, color=GREY, lw=1, ls=":", label="base")
     if own := of(cells, "TAO by choices"):
-        axes.axhline(first_try(own, "after", "audit").mean, color=LIMIT, ls="--", label="TAO, reward model of choices")
+        label = "TAO, reward model of 300 right answers above wrong ones"
+        axes.axhline(first_try(own, "after", "audit").mean, color=LIMIT, ls="--", label=label)
     axes.set_xscale("log")
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_xlabel("labels")

@@ -98,9 +98,10 @@ def labels(cells: Cells, lab: Lab) -> Iterator[str]:
         "### Against labels",
         "",
         f"TAO's {small.CONFIG['prompts_per_round']} prompts have no label, but its scorer is a program that knows "
-        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} choices between right "
-        f"and wrong answers. Fine-tuning is at its best of {_tried()} for each number of labels, on these questions"
-        f"{_at_the_edge(cells)}.",
+        f"right from wrong; in the second row it is a reward model of {small.NUM_PREFERENCES} rankings of other "
+        "questions, each of the right answer above three wrong ones: no label of a prompt that is trained on, but as "
+        "many known answers, so by what is known its counterpart is the row with as many labels. Fine-tuning is at its "
+        f"best of {_tried()} for each number of labels, on these questions{_at_the_edge(cells)}.",
         "",
     )
     yield from head(

@@ -32,10 +32,22 @@ def reward(completions: list[Any], index: list[int], **_: Any) -> list[float | N
     found: list[float | None] = []
     size = case["group_size"]
     for start in range(0, len(completions), size):
-        texts = [c[0]["content"] for c in completions[start : start + size]]
+        texts = [until_stop(c[0]["content"]) for c in completions[start : start + size]]
         print(json.dumps({"index": index[start], "texts": texts}), file=service.stdin, flush=True)
         found += json.loads(service.stdout.readline())
     return found
+
+
+def until_stop(text: str) -> str:
+    """What stands before the first of the run's stop strings, which is where OpenTAO's answers end."""
+    return text[: min((at for stop in case["stop"] if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def ends(model: Any) -> list[int]:
+    """The model's end tokens, and every token with a stop string in it: sampling ends there, and the loss."""
+    own = model.generation_config.eos_token_id
+    stops = [i for i in range(len(tokenizer)) if any(stop in tokenizer.decode([i]) for stop in case["stop"])]
+    return [*(own if isinstance(own, list) else [own]), *stops]
 
 
 class Saves(transformers.TrainerCallback):
@@ -90,9 +102,11 @@ config = GRPOConfig(
     logging_steps=5,
     gradient_checkpointing=False,
 )
+policy = transformers.AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32)
+policy.generation_config.eos_token_id = ends(policy)
 rows = [{"prompt": p["messages"], "index": p["index"]} for p in case["prompts"]]
 trainer = GRPOTrainer(
-    transformers.AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32),
+    policy,
     reward_funcs=reward,
     args=config,
     train_dataset=Dataset.from_list(rows),

@@ -159,5 +159,6 @@ def reward_calibrate(
     loss = facts["log_loss"] if facts["log_loss"] is not None else facts["log_loss_uncalibrated"]
     unscored = f"; {sum(facts['unscored'].values())} answers unscored" if facts["unscored"] else ""
     text = f"scale {facts['scale']:.4g} from {facts['pairs']} comparisons, {loss:.3f} nats each (a coin's: 0.693)"
-    text += unscored
+    left_out = facts["other_instructions"]
+    text += unscored + (f"; {left_out} rows by other instructions left out" if left_out else "")
     emit(facts | {"out": str(out)}, as_json, f"{text} -> {out}")

@@ -26,6 +26,7 @@ from opentao.rows import Row, Sequences, plain_rows, planned_rows, sharing_pays
 
 GPU_ATTENTION = FLEX_ATTENTION
 CHECKED = 4  # responses of a group in the first-use self-check
+HEAD_TOKENS = 4  # on which logits are compared with the model's own
 CHUNK_TOKENS = 512  # rows of logits alive at once: 512 x 49,152 x 4 bytes = 100 MB for the built-in model
 
 
@@ -105,13 +106,33 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     causal_lm = _causal_lm(model)
     logits: Tensor = causal_lm.get_output_embeddings()(hidden)
     config = causal_lm.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if scale := getattr(config, name, None):
+            logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits * scale if config.model_type.startswith("hyperclovax") else logits / scale
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        if cap := getattr(config, name, None):
+            logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+@torch.no_grad()
+def check_head(model: Any, tolerance: float = 0.05) -> None:
+    """Are these the model's own logits? A family may do after its head what `head_logits` does not know.
+
+    Raises:
+        ModelError: on a few tokens log-probs differ by more than `tolerance` nats.
+    """
+    ids = torch.arange(HEAD_TOKENS, device=next(model.parameters()).device)[None]
+    own = model(input_ids=ids, use_cache=False).logits[0]
+    ours = head_logits(model, decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+    worst = float((own.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().max())
+    if worst > tolerance:  # not so if NaN: weights that are broken are said where they are used
+        raise ModelError(
+            f"{model.config.model_type}: OpenTAO would sample from other logits than the model's (by {worst:.3g} nats);"
+            " this architecture is not supported, please report it"
+        )
 
 
 def _chunk_logprobs(model: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:

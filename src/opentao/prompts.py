@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -278,13 +279,17 @@ def _without_repeats(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: dates, decimals and bytes become text, NaN and infinity become None."""
+    """What JSON can hold: dates, decimals and bytes become text (what is no UTF-8 in hex), NaN and infinity None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+        return value.hex()
     return value if value is None or isinstance(value, str | int) else str(value)
 
 

@@ -181,12 +181,14 @@ def annotators(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -
     names = sorted({name for votes in shared.values() for name in votes})
     human = [(k[0], float(v[a] == v[b])) for k, v in shared.items() for a, b in combinations(sorted(v), 2)]
     majority = [(k[0], _agrees(model[k], m)) for k, v in shared.items() if (m := sum(v.values())) != 0]
+    longer = [(k[0], _agrees(len(k[2]) - len(k[3]), m)) for k, v in shared.items() if (m := sum(v.values())) != 0]
     each = {n: [(k[0], _agrees(model[k], v[n])) for k, v in shared.items() if n in v] for n in names}
     return {
         "pairs": len(shared),
         "human_human": _over_prompts(human) if human else None,
         "model_human": {name: _over_prompts(own) for name, own in each.items()},
         "model_majority": _over_prompts(majority) if shared else None,
+        "longer_majority": _over_prompts(longer) if shared else None,
     }
 
 

@@ -91,7 +91,8 @@ def model_card(model: str, source: str, facts: Facts) -> str:
         "Scores an answer to a prompt: higher means that people are more likely to prefer it. Trained and tested with"
         " OpenTAO.",
         "",
-        f"Tested on {facts['pairs']} choices over {facts['prompts']} prompts from {source}.",
+        f"Tested on {facts['pairs']} compared pairs over {facts['prompts']} prompts from {source};"
+        " each ranking counts once.",
         "",
         "| | mean | interval |",
         "|---|---|---|",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from opentao.bestofn import bootstrap
+from opentao.errors import DataError
 from opentao.preferences import Ranking
 from opentao.progress import Progress
 from opentao.scorers.run import run_scorer_many
@@ -74,12 +75,28 @@ def log_loss(differences: Sequence[float], wins: Sequence[float], scale: float) 
     return float((w * np.logaddexp(0, -d) + (1 - w) * np.logaddexp(0, d)).mean())
 
 
+def _by_its_instruction(rankings: Sequence[Ranking], own: str) -> tuple[list[Ranking], int]:
+    """The rankings by the scorer's instruction, and how many others were left out; all, if there is but one."""
+    if len({r.instruction for r in rankings}) < 2:
+        return list(rankings), 0
+    kept = [r for r in rankings if r.instruction == own]
+    if not kept:
+        wanted = f"are by the scorer's, {own!r}" if own else "have none, as the scorer has"
+        raise DataError(f"choices by several instructions, but no rows {wanted}; give the scorer's args `instruction`")
+    return kept, len(rankings) - len(kept)
+
+
 def calibrate_scorer(scorer: Scorer, rankings: Sequence[Ranking], progress: Progress) -> dict[str, Any]:
     """Score every ranking and fit the scale; what the file of ``tao reward calibrate`` holds.
 
     Half of the rankings' prompts fit the scale that the other half is judged with, and the other way round, so that
-    `log_loss` is of choices that the scale has not seen. `scale` itself is fitted on all.
+    `log_loss` is of choices that the scale has not seen. `scale` itself is fitted on all. Where rows were judged by
+    several instructions, only those by the scorer's own count: what is good by one is not by another.
+
+    Raises:
+        DataError: none of several instructions is the scorer's.
     """
+    rankings, others = _by_its_instruction(rankings, getattr(scorer, "instruction", ""))
     scores: list[list[float]] = []
     unscored: dict[str, int] = {}
     with progress.stage("score", total=len(rankings), unit="prompts", label="score preferences") as step:
@@ -94,7 +111,7 @@ def calibrate_scorer(scorer: Scorer, rankings: Sequence[Ranking], progress: Prog
                 step.advance(1)
     found_pairs = comparisons(rankings, scores)
     if not found_pairs.differences:
-        return {"scale": None, "pairs": 0, "unscored": unscored}
+        return {"scale": None, "pairs": 0, "other_instructions": others, "unscored": unscored}
     d, w, p = found_pairs.differences, found_pairs.wins, found_pairs.prompts
     halves = [[i for i in range(len(d)) if p[i] % 2 == side] for side in (0, 1)]
     crossed = [_crossed_loss(d, w, halves[1 - side], halves[side]) for side in (0, 1) if all(halves)]
@@ -103,6 +120,7 @@ def calibrate_scorer(scorer: Scorer, rankings: Sequence[Ranking], progress: Prog
         "scale": fit_scale(d, w),
         "pairs": len(d),
         "prompts": len(set(p)),
+        "other_instructions": others,
         "unscored": unscored,
         "accuracy": bootstrap([h for h in hits if h is not None]).as_dict(),
         "log_loss": sum(crossed) / len(d) if crossed else None,

@@ -63,6 +63,15 @@ def response_id(prompt_id: str, policy: str, strategy: str, seed: int) -> str:
     return content_hash(prompt_id, policy, strategy, seed)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first stop string.
+
+    >>> before_stop("Paris.\\n\\nUser: And", ["User:", "Assistant:"])
+    'Paris.\\n\\n'
+    """
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Response:
     """One sampled answer. Text is for people, tokens are for training: sampled text is never re-tokenised.
@@ -72,7 +81,7 @@ class Response:
     """
 
     id: str  # response_id(prompt id, policy, strategy, seed)
-    text: str  # decoded without special tokens
+    text: str  # decoded without special tokens, and without a stop string and what stands behind it
     tokens_R: tuple[int, ...]  # exactly what the engine sampled, stop token included
     sampler_logprobs_R: tuple[float, ...]  # nats; full distribution at the sampling temperature, before top-p / top-k
     finish: Literal["stop", "length"]  # "length": cut at max_new_tokens, there is no stop token
@@ -189,8 +198,8 @@ class SamplingPlan:
     """How to sample one group a prompt. Response i uses ``strategies[i % len(strategies)]``.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean no truncation. `stop` strings end a response; the token
-    that completes one is kept. `dtype` is the sampler's precision: "auto" (bf16 where the hardware multiplies it, else
-    fp32), or one by name; "int8" rounds the weights of linear layers.
+    that completes one is kept, the text ends before it. `dtype` is the sampler's precision: "auto" (bf16 where the
+    hardware multiplies it, else fp32), or one by name; "int8" rounds the weights of linear layers.
     """
 
     group_size: int = 8  # N

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class ContinuousBatch:
         self.live: list[Stream] = []  # in the order of the decoder's rows
         self.device = loaded.device
         self.tokenizer = loaded.tokenizer
-        self.stops = frozenset() if ignore_end else stop_tokens(loaded)
+        self.stops = frozenset() if ignore_end else stop_tokens(loaded) | _special(loaded.tokenizer, plan.stop)
         self.room: Tensor | None = None
 
     @property
@@ -162,6 +162,12 @@ class ContinuousBatch:
         if self.plan.stop and not stream.stopped:
             text = self.tokenizer.decode(stream.tokens_R, skip_special_tokens=True)
             stream.stopped = any(s in text for s in self.plan.stop)
+
+
+def _special(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
+    """Stop strings that are tokens of their own, such as ``<|im_end|>``: no text ever holds them."""
+    added = tokenizer.get_added_vocab() if stops else {}
+    return frozenset(added[stop] for stop in stops if stop in added)
 
 
 def without(gone: Sequence[bool]) -> list[int]:

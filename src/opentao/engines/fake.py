@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from opentao.types import Group, Message, Prompt, Response, SamplingPlan, response_id
+from opentao.types import Group, Message, Prompt, Response, SamplingPlan, before_stop, response_id
 
 STOP = 256  # the token after the 256 bytes
 VOCABULARY = 257
@@ -86,7 +86,7 @@ class FakeEngine:
         tokens_R, finish = self._cut(_until_stop(text, plan.stop), plan)
         return Response(
             id=response_id(prompt.id, self._policy_hash, strategy.name, seed),
-            text=self._tokenizer.decode(tokens_R, skip_special_tokens=True),
+            text=before_stop(self._tokenizer.decode(tokens_R, skip_special_tokens=True), plan.stop),
             tokens_R=tokens_R,
             sampler_logprobs_R=(BYTE_LOGPROB,) * len(tokens_R),
             finish="stop" if finish else "length",

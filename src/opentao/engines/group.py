@@ -24,10 +24,20 @@ from opentao.engines.plain import PlainDecoder
 from opentao.engines.pool import pool_width
 from opentao.engines.precision import load_sampler
 from opentao.engines.shared import ROOT_APART, SharedDecoder
-from opentao.pack import shares_prompt
+from opentao.pack import check_head, shares_prompt
 from opentao.policy import LoadedPolicy, Policy, context_length, encode_prompt, free_memory
 from opentao.rows import MIN_PREFIX, common_prefix
-from opentao.types import Failure, Group, Prompt, Response, RolloutDtype, SamplingPlan, Strategy, response_id
+from opentao.types import (
+    Failure,
+    Group,
+    Prompt,
+    Response,
+    RolloutDtype,
+    SamplingPlan,
+    Strategy,
+    before_stop,
+    response_id,
+)
 
 if TYPE_CHECKING:
     from opentao.engines.captured import CapturedDecoder
@@ -87,7 +97,9 @@ class GroupEngine:
 
     def _load(self, policy: Policy, dtype: RolloutDtype) -> None:
         self.release()  # frees the old weights before the new ones come
-        self.loaded, self.dtype = load_sampler(policy, dtype), dtype
+        loaded = load_sampler(policy, dtype)
+        check_head(loaded.model)
+        self.loaded, self.dtype = loaded, dtype
 
     def release(self) -> None:
         """Give back the memory of weights, graphs, keys and values; `load` brings the weights again."""
@@ -230,7 +242,7 @@ class GroupEngine:
             responses.append(
                 Response(
                     id=response_id(prompt.id, loaded.policy.hash, strategy, s.seed),
-                    text=loaded.tokenizer.decode(s.tokens_R, skip_special_tokens=True),
+                    text=before_stop(loaded.tokenizer.decode(s.tokens_R, skip_special_tokens=True), plan.stop),
                     tokens_R=tuple(s.tokens_R),
                     sampler_logprobs_R=tuple(s.logprobs_R),
                     finish="stop" if s.stopped else "length",
@@ -249,5 +261,11 @@ def _pages(device: torch.device) -> bool:
 
 
 def _caches_prompt(model: Any, length: int) -> bool:
-    """True if a prompt's keys and values can be shared; multi-head latent attention caches what they are made from."""
-    return shares_prompt(model, length) and not hasattr(model.config.get_text_config(), "kv_lora_rank")
+    """True if a prompt's keys and values can be shared.
+
+    Not where multi-head latent attention caches what they are made from, or layers have none and use another one's.
+    """
+    config = model.config.get_text_config()
+    return shares_prompt(model, length) and not (
+        hasattr(config, "kv_lora_rank") or "reuse" in (getattr(config, "kv_sharing_modes", None) or [])
+    )

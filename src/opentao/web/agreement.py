@@ -82,13 +82,14 @@ def between(choices: Sequence[Choice]) -> dict[str, dict[str, float | int | None
 
 
 def with_oneself(choices: Sequence[Choice]) -> dict[str, dict[str, float | int | None]]:
-    """Annotator -> share of repeats answered as the first time."""
+    """Annotator -> share of what was said twice that was said alike, in the same units as `between`."""
     by_task = {c.task.id: c for c in choices}
     same: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for choice in choices:
         first = by_task.get(choice.task.repeat_of or "")
         if first is not None and "skip" not in choice.answer and "skip" not in first.answer:
-            total[choice.task.annotator] += 1
-            same[choice.task.annotator] += dict(_said(choice)) == dict(_said(first))
-    return {name: {"agreement": same[name] / total[name], "units": total[name]} for name in sorted(total)}
+            now, then = dict(_said(choice)), dict(_said(first))
+            total[choice.task.annotator] += len(now.keys() & then.keys())
+            same[choice.task.annotator] += sum(now[unit] == then[unit] for unit in now.keys() & then.keys())
+    return {name: {"agreement": same[name] / total[name], "units": total[name]} for name in sorted(+total)}

@@ -205,6 +205,8 @@ class Client:
                         raise JudgeError("timeout", f"over {seconds:.3g} s", again=True)
         except httpx.TimeoutException as error:
             raise JudgeError("timeout", f"over {seconds:.3g} s", again=True) from error
+        except httpx.LocalProtocolError as error:  # its text may be the key, which must not be stored
+            raise JudgeError("request", "a header that HTTP does not allow; see the API key") from error
         except httpx.HTTPError as error:
             raise JudgeError("connection", f"{type(error).__name__}: {error}", again=True) from error
         if reply.status_code != 200:

@@ -84,7 +84,7 @@ class Judge:
         self.client = Client(
             url=self.url,
             model=self.model,
-            api_key=os.environ.get(self.api_key_env),
+            api_key=(os.environ.get(self.api_key_env) or "").strip() or None,  # a file's last newline is none of it
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             structured=self.structured,

@@ -21,6 +21,7 @@ class JsonField(Verifier):
 
     With `schema` (or the path of its file) the answer must also meet it. Invalid JSON is a wrong answer: 0.0; a prompt
     without the label is unscored. Values are compared as JSON: 1 equals 1.0, and neither equals "1" or true.
+    A label that is text, as all are that come from CSV, may also be the text of a number or of true and false.
     """
 
     field: str
@@ -42,4 +43,10 @@ class JsonField(Verifier):
             return 0.0
         if self._validator is not None and not is_valid(self._validator, answer):
             return 0.0
-        return float(json_equal(answer[self.field], expected))
+        value = answer[self.field]
+        if isinstance(expected, str) and isinstance(value, int | float):  # bool is one
+            try:
+                expected = parse_json(expected.strip().lower())
+            except ValueError:
+                return 0.0
+        return float(json_equal(value, expected))

@@ -84,4 +84,5 @@ def _json_answer(text: str, field: str) -> str | None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get(field), str | int | float | bool):
         return None
-    return str(value[field])
+    found = value[field]
+    return str(int(found) if isinstance(found, float) and found.is_integer() else found)  # 12.0 votes with 12

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from opentao.isolation.run import Broken, Isolation, Limits, require, run_jobs
 from opentao.scorers.plugin import Rating, unscored
 from opentao.scorers.verifiers.base import ARGS, Unscored, Verifier, meta_text, meta_value
-from opentao.scorers.verifiers.strict_json import json_equal
+from opentao.scorers.verifiers.strict_json import json_close
 from opentao.scorers.verifiers.text import last_fence
 from opentao.types import Prompt, Response
 
@@ -79,7 +79,7 @@ class PythonTests(Verifier):
         if not isinstance(returned, list) or len(returned) != len(calls):
             return 0.0
         right = [
-            isinstance(got, list) and len(got) == 2 and got[0] is True and json_equal(got[1], call["expect"])
+            isinstance(got, list) and len(got) == 2 and got[0] is True and json_close(got[1], call["expect"])
             for got, call in zip(returned, calls, strict=True)
         ]
         return sum(right) / len(right) if self.partial else float(all(right))

@@ -154,7 +154,7 @@ class Sql(Verifier):
             if outcome["reads"] and outcome["bag"] in winners:
                 reached.add("majority")
             which = "list" if gold and gold["ordered"] else "bag"
-            if gold and outcome[which] == gold[which]:
+            if gold and (outcome["reads"] or not gold["reads"]) and outcome[which] == gold[which]:
                 reached.add("gold")
         return max((value for level, value in self.levels.items() if level in reached), default=0.0)
 

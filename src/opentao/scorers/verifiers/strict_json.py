@@ -23,6 +23,7 @@ from opentao.scorers.verifiers.base import Unscored
 from opentao.scorers.verifiers.text import search
 
 MAX_DEPTH = 64
+CLOSE = 1e-9  # numbers with a fraction that differ by less, as a share of the larger or at all, are equal
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
 _FENCE = re.compile(r"[ \t\r\n]*```(?:json)?[ \t]*\r?\n(.*)```[ \t\r\n]*", re.DOTALL)
 
@@ -77,6 +78,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def json_equal(left: Any, right: Any) -> bool:
     """Equality of JSON values: 1 equals 1.0, but not true."""
     return bool(Draft202012Validator({"const": right}).is_valid(left))
+
+
+def json_close(left: Any, right: Any) -> bool:
+    """`json_equal`, but for the last digits of numbers of which one has a fraction: 0.1 + 0.2 is 0.3."""
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(json_close(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(json_close(left[key], right[key]) for key in left)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (left, right))
+    if numbers and float in (type(left), type(right)):
+        return math.isclose(left, right, rel_tol=CLOSE, abs_tol=CLOSE)
+    return json_equal(left, right)
 
 
 def build_validator(source: JsonSchemaSource) -> Any:
