@@ -245,6 +245,15 @@ def test_export_of_two_files_needs_two_prompts(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("t*.jsonl"))
 
 
+def test_a_user_without_a_name_is_asked_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    result = CliRunner().invoke(app, ["label", "start", str(write_rows(tmp_path / "rows.jsonl"))])
+    assert result.exit_code == 2 and "--annotator: expected a name" in result.output
+
+
 def test_bad_commands(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["label", "export", "--db", str(tmp_path / "none"), "--out", "x"])
     assert result.exit_code == 1 and "there is no such file" in result.output

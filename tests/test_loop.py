@@ -234,6 +234,31 @@ class TestResume:
         with Run(tmp_path / "run", read_only=True) as run:
             assert run.names("round-1/groups/") == ["round-1/groups/00000.parquet"]
 
+    def test_on_another_device_nothing_is_sampled_again(
+        self, tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By default a shard is two batches, which are larger on a GPU; the run remembers what they were."""
+        tree |= {"generate": {k: v for k, v in tree["generate"].items() if k != "shard_prompts"}}
+        monkeypatch.setattr("opentao.generate.default_rows", lambda device: 8)
+        before = go(tmp_path / "run", tree).files()
+        assert "round-0/eval/groups/00001.parquet" in before
+        monkeypatch.setattr("opentao.generate.default_rows", lambda device: 1024)
+        assert go(tmp_path / "run", tree).files() == before
+
+    def test_other_answers_have_no_scores_yet(self, tree: Tree, tmp_path: Path) -> None:
+        """`tao show` would put them beside the rewards of those before."""
+        go(tmp_path / "run", tree)
+        changed = Config.model_validate(tree | {"generate": tree["generate"] | {"temperature": 0.7}})
+        with open_session(changed, tmp_path / "run", Progress(quiet=True)) as session:
+            loop.sample_round(session, 1, loop.policy_before(session, 1))
+            assert session.run.names("round-1/groups/") and not session.run.names("round-1/scores/")
+
+    def test_an_empty_record_of_costs_is_none(self, tree: Tree, tmp_path: Path) -> None:
+        """What a machine that lost power may leave."""
+        go(tmp_path / "run", tree)
+        (tmp_path / "run/round-1/spent.json").write_text("")
+        assert go(tmp_path / "run", tree).summary["rounds"]
+
     def test_damaged_shard_is_made_again(self, tree: Tree, tmp_path: Path) -> None:
         case = go(tmp_path / "run", tree)
         before = case.files()

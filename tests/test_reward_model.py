@@ -563,6 +563,12 @@ def test_train_and_eval_from_the_command_line(tiny_model_dir: Path, tmp_path: Pa
     assert (again.exit_code, again.stdout) == (2, "")
     assert again.stderr.strip() == f"tao: {out}: exists already; name a new folder"
 
+    nowhere = pairs / "reward"  # said before anything is trained
+    for command in (["train", "--model", str(tiny_model_dir)], ["eval", "--model", str(out)]):
+        refused = runner.invoke(app, ["reward", *command, "--pairs", str(pairs), "--out", str(nowhere)])
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert refused.stderr.startswith(f"tao: {nowhere}: nothing can be written there: ")
+
 
 @pytest.mark.parametrize(
     ("model", "pairs", "reason"),

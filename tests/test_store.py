@@ -322,6 +322,18 @@ HOLD = """
 """
 
 
+def test_parts_of_another_run_below_are_left_alone(tmp_path: Path) -> None:
+    """It may be live: only its own writer knows what was given up."""
+    with Run(tmp_path / "inner") as inner:
+        inner.write_json("a.json", "k", 1)
+    parts = [tmp_path / where / ".x.parquet.part" for where in ("inner", "round-1")]
+    for part in parts:
+        part.parent.mkdir(exist_ok=True)
+        part.touch()
+    with Run(tmp_path):
+        assert [part.exists() for part in parts] == [True, False]
+
+
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = python(HOLD, tmp_path)

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
@@ -15,13 +16,29 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
-from opentao.errors import TaoError
+from opentao.errors import DataError, TaoError
 
 Returned = TypeVar("Returned")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 MORE_ROOM = "lower train.row_tokens or generate.batch_responses, or set train.method: lora"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def writable(path: Path | None) -> None:
+    """Said before hours of work, not after: a file or folder can be made there.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: nothing can be written there: {error.strerror}") from error
 
 
 def guarded(command: Callable[..., Returned]) -> Callable[..., Returned]:

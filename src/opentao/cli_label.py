@@ -51,6 +51,7 @@ def label_start(
         raise ConfigError(f"--reward-model orders pairs, --kind is {kind}")
     if any(not name.strip() for name in annotator or ()):
         raise ConfigError("--annotator: expected a name")
+    names = annotator or [_user()]
     items, without = read_items(source)
     choices = Choices(db)
     new = choices.add_items(items)
@@ -59,7 +60,14 @@ def label_start(
     plan = Plan(kind=kind, repeats=repeats, overlap=overlap, seed=seed, information=information, items=asked)
     aside = f" ({without} without two different answers left out)" if without else ""
     print(f"{len(items)} prompts with answers to judge{aside}, {new} of them new; choices are kept in {db}")
-    _serve(choices, plan, annotator or [getpass.getuser()], host, port)
+    _serve(choices, plan, names, host, port)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:  # a container's user id without a name
+        raise ConfigError("--annotator: expected a name; this user has none") from error
 
 
 def _information(reward_model: str, items: list[Item]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opentao.cli_common import AsJson, emit, guarded, prepare_process
+from opentao.cli_common import AsJson, emit, guarded, prepare_process, writable
 from opentao.config import Head, LoraLayers, RewardLoss
 from opentao.errors import ConfigError, DataError
 from opentao.progress import Progress
@@ -82,6 +82,7 @@ def _check_usage(out: Path, loss: RewardLoss, *, of_pairs: bool) -> None:
     """`of_pairs`: are there options that only losses of pairs have?"""
     if out.exists():
         raise ConfigError(f"{out}: exists already; name a new folder")
+    writable(out)
     if of_pairs and loss == "plackett_luce":
         raise ConfigError(
             "--loss plackett_luce: has no --margin, --label-smoothing or --balance-length; those are of pairs"
@@ -110,6 +111,7 @@ def reward_eval(
     if not any(r.pairs for r in found.rankings):
         raise DataError(f"{pairs}: no two answers of different rank")
     truths = read_truths(truth) if truth else []
+    writable(out)
     prepare_process()
     with Progress() as progress:
         if found.set_aside:
@@ -141,6 +143,7 @@ def reward_calibrate(
 
     config = load_scorer(scorer)
     found = read_preferences(pairs)
+    writable(out)
     prepare_process()
     built = build_scorer(config.model_copy(update={"calibration": None}))
     if is_relative(built):

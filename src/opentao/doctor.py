@@ -72,9 +72,12 @@ def _meminfo() -> int | None:
 
 
 def _container_limit() -> int | None:
+    """As `engines.memory` counts it: files that were merely read are free."""
+    folder = Path("/sys/fs/cgroup")
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        return limit - int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((folder / "memory.max").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - int((folder / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):  # no container, or "max"
         return None
 

@@ -11,9 +11,11 @@ from dataclasses import asdict
 
 from opentao.engines.memory import default_rows
 from opentao.policy import Policy, default_device
-from opentao.session import Session, shards
+from opentao.session import Session, scores_of, shards
 from opentao.store import groups_to_table
 from opentao.types import Group, Prompt, ReportingEngine, SamplingPlan, content_hash
+
+SHARDS = "shards.json"
 
 
 def generate(
@@ -34,10 +36,12 @@ def generate(
                 for group in session.engine.sample(batch, plan):
                     groups.append(group)
                     step.advance(1, tokens=sum(len(r.tokens_R) for r in group.responses))
+                run.discard(scores_of(name))  # of other answers
                 run.write_table(name, key, groups_to_table(_in_order(batch, groups)))
             names.append(name)
     session.spent(folder.partition("/")[0])
     for left_over in set(run.names(f"{folder}/")) - set(names):  # of an earlier config with more prompts
+        run.discard(scores_of(left_over))
         run.discard(left_over)
     return names
 
@@ -54,9 +58,15 @@ def planned(
 def _shard_size(session: Session, plan: SamplingPlan) -> int:
     """Two full batches a shard, so that waiting groups take the rows of those that end early.
 
-    Whatever `batch_responses` is: turning that down for want of memory must not sample anything again.
+    Whatever `batch_responses` is, and on whatever device the run goes on: turning the one down for want of memory, or
+    losing the other, must not sample anything again. So the run remembers what was a batch where it began.
     """
-    return session.config.generate.shard_prompts or max(1, 2 * default_rows(default_device()) // plan.group_size)
+    if session.config.generate.shard_prompts:
+        return session.config.generate.shard_prompts
+    if not session.run.have(SHARDS):
+        session.run.write_json(SHARDS, SHARDS, {"responses": 2 * default_rows(default_device())})
+    responses: int = session.run.read_json(SHARDS)["responses"]
+    return max(1, responses // plan.group_size)
 
 
 def _in_order(batch: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:

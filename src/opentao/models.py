@@ -7,6 +7,7 @@ pickle can run code), and code from a hub runs only where `trust_remote_code` is
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import Iterator
@@ -66,8 +67,9 @@ def resolve_model(name: str, *, progress: Progress | None = None) -> Path | str:
     return name
 
 
+@functools.cache
 def hub_commit(name: str) -> str | None:
-    """The commit that a hub name stands for now: of its config, which is fetched if the cache has none.
+    """The commit that a hub name stands for in this process: of its config, which is fetched if the cache has none.
 
     Raises:
         ModelError: the config cannot be had; one line.
@@ -77,6 +79,12 @@ def hub_commit(name: str) -> str | None:
     with _as_model_error(name):
         found: str | None = extract_commit_hash(cached_file(name, "config.json"), None)
     return found
+
+
+def _revision(where: Path | str) -> dict[str, str]:
+    """All of a process's loading of a hub model is of one commit, the one that its hash names."""
+    commit = hub_commit(where) if isinstance(where, str) else None
+    return {"revision": commit} if commit else {}
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -102,9 +110,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    where = str(resolve_model(name))
+    where = resolve_model(name)
     with _as_model_error(name):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=trust_remote_code, **_revision(where))
     return ensure_chat_template(tokenizer)
 
 
@@ -142,10 +150,15 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, trust_remote_code: boo
 
     # On new GPUs cuDNN's attention is torch's first choice. It plans anew for every shape, and here most are new.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    where = str(resolve_model(name))
+    where = resolve_model(name)
     with _as_model_error(name), _quiet_loading():
         model, loading = auto_class.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            str(where),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **_revision(where),
         )
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from opentao.reward_loss import bradley_terry, length_weights, plackett_luce
 from opentao.reward_model import RewardModel
 from opentao.reward_scale import comparisons, fit_scale
 from opentao.rows import Sequences, whole_groups
+from opentao.store import full_disk_as_os_error
 from opentao.types import content_hash
 
 LEAST_HELDOUT = 8  # prompts; with fewer nothing is held out, and the scale of scores is left as trained
@@ -338,10 +340,15 @@ def train_to_folder(
             reward_model, train, config, NO_CHECKPOINT, lambda m: step.advance(1, tokens=m.tokens), heldout
         )
     scale = calibrate(reward_model, heldout) if heldout else None
-    temporary = out.with_name(f".{out.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    reward_model.save(temporary)
-    temporary.rename(out)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        with full_disk_as_os_error():
+            reward_model.save(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return {
         "rankings": len(train),
         "heldout": len(heldout),

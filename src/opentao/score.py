@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from opentao.errors import ScoreError
 from opentao.scorers.run import score_groups
-from opentao.session import AUDIT, Session, shards
+from opentao.session import AUDIT, Session, scores_of, shards
 from opentao.store import attach_scores, scores_to_table, table_to_groups
 from opentao.types import Group, content_hash
 
@@ -40,7 +40,7 @@ def score(
     loaded = [table_to_groups(run.read_table(name)) for name in group_shards]
     with session.progress.stage("score", total=sum(map(len, loaded)), unit="groups", label=label) as step:
         for source, groups in zip(group_shards, loaded, strict=True):
-            name = source.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
+            name = scores_of(source)
             key = content_hash(run.hash(source), session.scorers_key, *audited, *beside(company))
             asked, left = scorers, groups
             if run.have(name, key):

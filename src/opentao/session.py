@@ -20,7 +20,7 @@ from opentao.scorers.plugin import source_file
 from opentao.scorers.registry import build_scorer, module_path
 from opentao.scorers.run import Gate, is_relative, largest_group
 from opentao.split import Split, clusters, split, split_given
-from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts
+from opentao.store import Run, file_hash, prompts_to_table, table_to_prompts, write_whole
 from opentao.types import Engine, Prompt, SamplingPlan, Scorer, content_hash
 
 Item = TypeVar("Item")
@@ -80,16 +80,14 @@ class Session:
         something was, though no token was counted.
         """
         path = self.run.path(f"{round_}/spent.json")  # a record, made from nothing: the manifest does not know it
-        total = json.loads(path.read_text()) if path.exists() else {w: dict.fromkeys(STAGES, 0) for w in self.counted}
+        total = _record(path) or {w: dict.fromkeys(STAGES, 0) for w in self.counted}
         now = counts(self.progress)
         new = {w: {s: now[w].get(s, 0) - self.counted[w].get(s, 0) for s in STAGES} for w in now}
         self.counted.update(now)
         if made or any(new["tokens"].values()):  # else nothing was made: only the time to see that it is there
             total = {w: {s: total[w][s] + new[w][s] for s in STAGES} for w in total}
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(total))
-            part.replace(path)
+            write_whole(path, json.dumps(total))
         return total
 
     def of_round(self, round_: int) -> Session:
@@ -144,6 +142,15 @@ def open_session(
             scorers_key=content_hash([_fingerprint(s) for s in config.scorers]),
             audit_key=content_hash(_fingerprint(config.audit)) if config.audit else "",
         )
+
+
+def _record(path: Path) -> dict[str, dict[str, float]] | None:
+    """What the file holds; None without one, or if it is broken: a machine that lost power may leave it empty."""
+    try:
+        found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def counts(progress: Progress) -> dict[str, dict[str, float]]:
@@ -257,6 +264,11 @@ def _named_file(value: str) -> str | None:
     if os.path.isfile(value) or os.path.isfile(os.path.join(value, "config.json")):
         return value
     return source_file(value)
+
+
+def scores_of(groups: str) -> str:
+    """The shard of scores beside a shard of groups."""
+    return groups.replace("/groups/", "/scores/").replace("/greedy/", "/greedy-scores/")
 
 
 def shards(items: Sequence[Item], size: int) -> list[list[Item]]:

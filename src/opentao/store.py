@@ -126,8 +126,12 @@ class Run:
 
     def _own(self) -> None:
         (self.root / "owner.json").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        for part in list(self.root.rglob(".*.part")):  # what a killed owner was writing
-            _remove(part)
+        for folder, folders, files in os.walk(self.root):  # what a killed owner was writing
+            inside = Path(folder)
+            folders[:] = [name for name in folders if not (inside / name / "manifest.jsonl").exists()]  # another run
+            for name in [n for n in (*folders, *files) if n.startswith(".") and n.endswith(".part")]:
+                _remove(inside / name)
+            folders[:] = [name for name in folders if (inside / name).exists()]
 
     def _read_manifest(self) -> None:
         """Read whole lines; a half-written last line (a kill) is cut off."""
@@ -190,7 +194,7 @@ class Run:
         temporary = final.with_name(f".{final.name}.part")
         _remove(temporary)
         try:
-            with _full_disk_as_os_error():
+            with full_disk_as_os_error():
                 write(temporary)
             for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
                 _fsync(part)
@@ -251,14 +255,15 @@ def _ignore(_: object) -> None:
 
 
 @contextmanager
-def _full_disk_as_os_error() -> Iterator[None]:
+def full_disk_as_os_error() -> Iterator[None]:
     """safetensors reports a full disk as an error of its own kind."""
     try:
         yield
     except SafetensorError as error:
-        if f"(os error {errno.ENOSPC})" not in str(error):
+        full = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"(os error {n})" in str(error)), None)
+        if full is None:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(full, os.strerror(full)) from error
 
 
 def _old(path: Path) -> Path:
@@ -278,6 +283,7 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
+        _fsync(part)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     part.replace(path)
