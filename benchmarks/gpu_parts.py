@@ -28,6 +28,7 @@ from opentao.bench.case import make_prompts  # noqa: E402
 from opentao.bench.worker import AsGiven  # noqa: E402
 from opentao.config import LoraConfig, TrainConfig  # noqa: E402
 from opentao.engines.group import GroupEngine  # noqa: E402
+from opentao.liger import uses_liger  # noqa: E402
 from opentao.optimise import autocast  # noqa: E402
 from opentao.packed_attention import FLEX_ATTENTION, PACKED_ATTENTION  # noqa: E402
 from opentao.policy import Policy, load_for_training, load_policy  # noqa: E402
@@ -60,7 +61,8 @@ def timed(name: str, work: Callable[[], Any], repeats: int = 4) -> None:
 @contextmanager
 def liger(on: bool) -> Iterator[str]:
     os.environ["OPENTAO_LIGER"] = "1" if on else "0"
-    yield "Liger" if on else "transformers' layers"
+    there = uses_liger(torch.device("cuda"))
+    yield "Liger" if there else f"transformers' layers{' (Liger is not there)' if on else ''}"
 
 
 def sequences(groups: int, prompt: int, responses: int = 8, length: int = 64) -> list[Sequences]:
@@ -96,13 +98,14 @@ def decode(model: str) -> None:
                     plan = SamplingPlan(group_size=8, max_new_tokens=64)
 
                     def work(engine: Any = engine, prompts: Any = prompts, plan: Any = plan, c: bool = capture) -> None:
-                        if engine.captured is not None:
-                            engine.captured.capture = c
-                            if not c:
-                                engine.captured.graphs.clear()
+                        if engine.captured is not None and not c:
+                            engine.captured.capture = False
+                            engine.captured.graphs.clear()
                         list(engine.sample(prompts, plan))
 
                     timed(f"decode, {prompt} tokens, {name}, {layers}", work, 3 if capture else 2)
+                    if capture and not (engine.captured and engine.captured.graphs):
+                        print("    nothing was captured: the line above is of single kernels", flush=True)
 
 
 def attention(model: str) -> None:

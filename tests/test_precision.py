@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from opentao import policy as policy_module
 from opentao.config import TrainConfig
 from opentao.engines.group import GroupEngine
 from opentao.engines.precision import Int8Linear, load_sampler
+from opentao.liger import _not_its
 from opentao.pack import row_logprobs, rows_for
 from opentao.packed_linear import FrozenLinear, PackedLinear, packing_works
 from opentao.policy import Policy, load_for_training, load_policy
@@ -164,3 +166,13 @@ def test_a_round_may_be_sampled_in_another_precision(tiny_model_dir: Path) -> No
     kinds = {type(m) for m in load_sampler(base, "int8").model.modules()}
     assert Int8Linear in kinds and nn.Linear not in kinds
     assert nn.Linear in {type(m) for m in load_policy(base).model.modules()}  # the learner's own
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "left_out"),
+    [("llama", {}, {"geglu"}), ("llama", {"hidden_act": "relu"}, {"swiglu", "geglu"}), ("gemma", {}, {"swiglu"})],
+)
+def test_ligers_mlp_is_left_out_where_the_activation_is_another(
+    family: str, changes: dict[str, str], left_out: set[str]
+) -> None:
+    assert set(_not_its(CONFIG_MAPPING[family](**changes))) == left_out

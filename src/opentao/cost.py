@@ -200,7 +200,7 @@ def measure(loaded: Any, config: Config, prompts: Sequence[Prompt]) -> Probe:
     loaded_bytes = _memory(peak=False)
     weights = [p for p in loaded.model.parameters() if p.requires_grad]
     state_bytes = 3 * sum(p.numel() * p.element_size() for p in weights)
-    train_s, step_s = _training_times(loaded.model, tokens, torch.optim.AdamW(weights, lr=config.train.lr))
+    train_s, step_s = _training_times(loaded.model, tokens, torch.optim.AdamW(weights, lr=config.train.lr, fused=True))
     peak_bytes = _memory(peak=True)
     row_bytes = None
     if loaded_bytes is not None and peak_bytes is not None:

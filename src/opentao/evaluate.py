@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from opentao.bestofn import Interval, baked_fraction, best_of_k, bootstrap, paired_difference, selection_probabilities
@@ -173,7 +174,7 @@ def _sequence_logprobs(session: Session, policy: Policy, groups: Sequence[Group]
     sequences = [
         Sequences(prompt_P=g.prompt_tokens_P, responses_NR=tuple(r.tokens_R for r in g.responses[:num])) for g in groups
     ]
-    loaded = load_policy(policy)
+    loaded = load_policy(policy, dtype=torch.float32)  # as the learner has it: products in bf16, sums not
     found = []
     with (
         autocast(loaded.model),

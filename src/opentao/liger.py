@@ -24,6 +24,17 @@ def _installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
 
 
+# What Liger raises for a classifier of a family that it knows, or for a family that this transformers lacks.
+UNFIT = (ImportError, TypeError, ValueError, AttributeError, KeyError)
+ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}  # of Liger's MLPs
+
+
+def _not_its(config: Any) -> dict[str, bool]:
+    """Liger's MLPs that are not this model's: they have one activation, whatever the config says."""
+    own = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return {mlp: False for mlp, names in ACTIVATIONS.items() if own not in names}
+
+
 def uses_liger(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("OPENTAO_LIGER") != "0" and _installed()
 
@@ -50,8 +61,10 @@ def patch(model: Any) -> bool:
     module = sys.modules[type(model).__module__]
     names = dict(vars(module))
     try:
-        _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:  # e.g. a classifier of a family that it knows
+        _apply_liger_kernel_to_instance(
+            model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False, **_not_its(model.config)
+        )
+    except UNFIT as error:
         log.info("Liger cannot patch %s: %s", type(model).__name__, error)
         return False
     finally:

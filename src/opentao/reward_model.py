@@ -202,9 +202,13 @@ class RewardModel:
         return scores
 
     def _plain_score(self, row: Row) -> Tensor:
-        """Encoders and other classifiers without a `score` head: their own forward, one conversation a row."""
+        """Encoders and other classifiers without a `score` head: their own forward, one conversation a row.
+
+        In the precision of the weights: bf16 in the layer or two behind the encoder would round scores.
+        """
         ids = torch.tensor(row.tokens_T, device=next(self.model.parameters()).device)[None]
-        logits: Tensor = self.model(input_ids=ids).logits
+        with torch.autocast(ids.device.type, enabled=False):
+            logits: Tensor = self.model(input_ids=ids).logits
         return logits
 
 

@@ -77,12 +77,13 @@ class Room:
         shared = root // PAGE
         longest = pages_for(max(prompts))
         wanted = shared + sum(pages_for(length) - shared for length in prompts)
+        # With some to spare: a decoder for a page more than the last call's records all its steps again.
         return cls(
             rows=rows,
             own_tokens=own_tokens,
             slots=slots_for(min(group_size, rows), rep),
-            pages=max(min(wanted, budget // PAGE), longest),
-            longest=longest,
+            pages=max(min(wanted + wanted // 4, budget // PAGE), longest),
+            longest=1 << (longest - 1).bit_length(),
         )
 
 
