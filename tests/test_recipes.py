@@ -24,6 +24,8 @@ import pytest
 
 from opentao.config import load_config
 from opentao.preferences import read_preferences
+from opentao.scorers.registry import build_scorer
+from opentao.scorers.run import run_scorer
 from opentao.types import Group, Prompt
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -350,14 +352,27 @@ class TestDocumentQa:
 
     def test_grounded(self) -> None:
         grounded = script("document_qa/answers.py").grounded
-        prompt = Prompt.from_text(
-            "Passage: The bridge opened in 1994, on the Rhine.\n\nQuestion: When did the bridge open?"
-        )
+        passage, question = "The bridge opened in 1994, on the Rhine.", "When did the bridge open?"
+        prompt = Prompt.from_text(f"In few words.\n\nPassage: {passage}\n\nQuestion: {question}", passage=passage)
         assert grounded(prompt, 'In 1994. "The bridge opened in 1994"') == 1.0
-        assert grounded(prompt, "1994 or 1995") == pytest.approx(1 / 3)
+        assert grounded(prompt, "1994 or 1995") == 0.5
         assert grounded(prompt, "the bridge") == 0.0
+        assert grounded(prompt, "few words") == 0.0  # of the instruction
+        assert grounded(prompt, "in it") == 0.0  # of every passage
         assert grounded(prompt, "") == 0.0
         assert grounded(prompt, "opened " * 30) == 0.0
+
+    def test_no_answer_to_all_questions_is_paid_for(self, tmp_path: Path) -> None:
+        """What stands in every prompt, or in the question, is neither a quotation nor few words of the passage."""
+        prepare, answers = script("document_qa/prepare.py"), script("document_qa/answers.py")
+        config = load_config(EXAMPLES / "document_qa" / "tao.yaml")
+        citation = build_scorer(next(s for s in config.scorers if s.type == "citation"))
+        row = prepare.asked("The bridge opened in 1994.", "When did the bridge open?", "d")
+        prompt = Prompt.from_text(row["prompt"], passage=row["passage"])
+        texts = [row["prompt"], 'few words. "quote the sentence of the passage"', 'in. "When did the bridge open?"']
+        scored = run_scorer(citation, Group.of_texts(prompt, [*texts, '1994. "The bridge opened in 1994."']))
+        assert [s.value for s in scored] == [0.0, 0.0, 0.0, 1.0]
+        assert [answers.grounded(prompt, text) for text in texts] == [0.0, 0.0, 0.0]
 
     def test_only_held_out_questions_carry_answers(self, tmp_path: Path) -> None:
         prepare = script("document_qa/prepare.py")
@@ -373,6 +388,7 @@ class TestDocumentQa:
         assert all("answers" in row for row in heldout)
         assert not any("answers" in row for row in train)
         assert not {r["document"] for r in train} & {r["document"] for r in heldout}
+        assert all(row["passage"] in row["prompt"].partition("Question:")[0] for row in [*train, *heldout])
 
     def test_people_rank_answers(self, tmp_path: Path) -> None:
         prepare = script("document_qa/prepare.py")

@@ -139,7 +139,7 @@ def _trl(lab: Lab, match: Match, seed: int, ours: Facts) -> Facts:
         audit = after["audit"] and after["audit"]["first_try"]
         point = {"seconds": round(policy["seconds"], 1), "first_try": after["first_try"], "audit": audit}
         points.append(point | {"step": policy["step"]})
-    return {"points": points, "settings": match.theirs, "bf16": BF16}
+    return {"points": points, "settings": match.theirs, "bf16": BF16, "stops": True}
 
 
 def _train(lab: Lab, match: Match, seed: int, out: Path, seconds: float) -> None:

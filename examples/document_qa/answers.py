@@ -14,6 +14,11 @@ from opentao.types import Prompt
 
 QUOTE = re.compile(r'["“„«]')
 MOST_WORDS = 10
+OFTEN = (
+    "of in to and is was are were be been it its that this these those which who for on as by with from at or not have"
+    " has had their they he she his her but also there"
+)
+COMMON = frozenset(OFTEN.split())  # in nearly every passage, so that having them says nothing
 
 
 def answer_of(text: str) -> str:
@@ -58,14 +63,15 @@ def exact(prompt: Prompt, text: str) -> float | None:
 
 
 def grounded(prompt: Prompt, text: str) -> float:
-    """A rule, not a judgement: share of the answer's words, those of the question left out, that the passage has.
+    """A rule, not a judgement: share of the answer's words that the passage, ``meta["passage"]``, has.
 
-    0 where nothing is left, and for an answer of more than MOST_WORDS words: "a few words" are asked for.
+    Words of the question and COMMON ones do not count. 0 where nothing is left, and for an answer of more than
+    MOST_WORDS words: "a few words" are asked for.
     """
-    passage, _, question = str(prompt.messages[-1]["content"]).rpartition("Question:")
+    question = str(prompt.messages[-1]["content"]).rpartition("Question:")[2]
     own, asked = plain_words(answer_of(text)), set(plain_words(question))
-    new = [word for word in own if word not in asked]
+    new = [word for word in own if word not in asked and word not in COMMON]
     if not new or len(own) > MOST_WORDS:
         return 0.0
-    there = set(plain_words(passage))
+    there = set(plain_words(prompt.meta["passage"]))
     return sum(word in there for word in new) / len(new)

@@ -59,8 +59,7 @@ def questions(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             digest = hashlib.sha256(paragraph["context"].encode())
             held = digest.digest()[0] < HELDOUT_BELOW
             for qa in paragraph["qas"]:
-                prompt = ASK.format(passage=" ".join(paragraph["context"].split()), question=qa["question"])
-                row: dict[str, Any] = {"prompt": prompt, "document": digest.hexdigest()[:12]}
+                row = asked(" ".join(paragraph["context"].split()), qa["question"], digest.hexdigest()[:12])
                 if held:
                     row["answers"] = sorted({a["text"] for a in qa["answers"]})
                 sides[held].append(row)
@@ -73,9 +72,13 @@ def filings(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         pages = "\n\n".join(e["evidence_text_full_page"] for e in entry["evidence"])
-        prompt = ASK.format(passage=pages, question=entry["question"])
-        rows.append({"prompt": prompt, "document": entry["doc_name"], "answers": [entry["answer"]]})
+        rows.append(asked(pages, entry["question"], entry["doc_name"]) | {"answers": [entry["answer"]]})
     return rows
+
+
+def asked(passage: str, question: str, document: str) -> dict[str, Any]:
+    """A prompt, what of it is the passage, for the rules, and what it is held out with."""
+    return {"prompt": ASK.format(passage=passage, question=question), "passage": passage, "document": document}
 
 
 def main() -> None:
