@@ -270,7 +270,7 @@ def inference(cells: Cells, lab: Lab) -> Iterator[str]:
 
 
 def peer(cells: Cells, lab: Lab) -> Iterator[str]:
-    rates = {f"{r:g} on {task}" for task in tasks_of(cells) for r in _rates(of(cells, f"{task}/trl"))}
+    rates = {f"{r:g} on {task}" for task in tasks_of(cells) for r in _rates_of(of(cells, f"{task}/trl"))}
     unstopped = any("stops" not in t for t in of(cells, "text_to_sql/trl"))
     yield from (
         "### Against TRL's GRPOTrainer",
@@ -330,7 +330,7 @@ UNSTOPPED = (
 )
 
 
-def _rates(runs: Sequence[Facts]) -> list[float]:
+def _rates_of(runs: Sequence[Facts]) -> list[float]:
     return [float(run["settings"]["learning_rate"]) for run in runs]
 
 
