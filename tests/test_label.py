@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -33,7 +34,9 @@ def serving(source: Path, *args: str) -> Iterator[tuple[dict[str, str], subproce
     """`tao label start` in a process of its own; yields annotator -> link, and the process."""
     command = [sys.executable, "-m", "opentao", "label", "start", str(source), "--port", "0", *args]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a script's background hands down "ignore SIGINT"
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, preexec_fn=hear, **output)  # type: ignore[call-overload]
     assert process.stdout is not None
     links, lines = {}, []
     for line in process.stdout:

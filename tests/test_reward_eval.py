@@ -170,7 +170,8 @@ def test_annotators() -> None:
     assert facts["model_human"]["bo"]["mean"] == pytest.approx(1 / 3)
     assert facts["model_majority"] | {"low": 0, "high": 0} == {"mean": 0.5, "low": 0, "high": 0, "n": 2}
     nobody = annotators([pair("a", "b")], [[1.0, 0.0]])
-    assert nobody == {"pairs": 0, "human_human": None, "model_human": {}, "model_majority": None}
+    nothing = dict.fromkeys(("human_human", "model_majority", "longer_majority"))
+    assert nobody == {"pairs": 0, "model_human": {}} | nothing
 
 
 def test_best_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
