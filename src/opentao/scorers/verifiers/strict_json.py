@@ -23,7 +23,7 @@ from opentao.scorers.verifiers.base import Unscored
 from opentao.scorers.verifiers.text import search
 
 MAX_DEPTH = 64
-CLOSE = 1e-9  # numbers with a fraction that differ by less, as a share of the larger or at all, are equal
+CLOSE, NOTHING = 1e-9, 1e-15  # numbers with a fraction are equal that differ by less: of the larger, or at all
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
 _FENCE = re.compile(r"[ \t\r\n]*```(?:json)?[ \t]*\r?\n(.*)```[ \t\r\n]*", re.DOTALL)
 
@@ -88,7 +88,10 @@ def json_close(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(json_close(left[key], right[key]) for key in left)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (left, right))
     if numbers and float in (type(left), type(right)):
-        return math.isclose(left, right, rel_tol=CLOSE, abs_tol=CLOSE)
+        try:
+            return math.isclose(left, right, rel_tol=CLOSE, abs_tol=NOTHING)
+        except OverflowError:  # a whole number beyond a double
+            return False
     return json_equal(left, right)
 
 
