@@ -357,11 +357,15 @@ def paired_difference(
     return bootstrap(difference_P, confidence=confidence, resamples=resamples, seed=seed, clusters=clusters)
 
 
+def last_digit(a: float, b: float) -> float:
+    """By how much equal numbers may differ that were averaged over different counts."""
+    return ROUNDING * max(1.0, abs(a), abs(b))
+
+
 def _fraction(columns_P3: Floats) -> float:
     """Ratio of mean gains; NaN if best-of-N is not better than the first try."""
     tuned, first, best = np.mean(columns_P3, axis=0).tolist()
-    headroom = best - first  # of equal scores it may be the last digit
-    return float((tuned - first) / headroom) if headroom > ROUNDING * max(1.0, abs(best), abs(first)) else NAN
+    return float((tuned - first) / (best - first)) if best - first > last_digit(best, first) else NAN
 
 
 def baked_fraction(

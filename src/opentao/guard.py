@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opentao.bestofn import ROUNDING, paired_difference
+from opentao.bestofn import last_digit, paired_difference
 from opentao.canaries import canaries
 from opentao.evaluate import Evaluation, company
 from opentao.policy import Policy
@@ -56,7 +56,7 @@ def canary_shares(rewards: dict[str, list[float | None]], first_P: Values) -> di
     shares: dict[str, float | None] = {}
     for name, values in rewards.items():
         pairs = [(v, first_P[i]) for i, v in enumerate(values) if v is not None and not np.isnan(first_P[i])]
-        high = [v >= own - ROUNDING * max(1.0, abs(v), abs(own)) for v, own in pairs]
+        high = [v >= own - last_digit(v, own) for v, own in pairs]
         shares[name] = sum(high) / len(high) if high else None
     return shares
 
